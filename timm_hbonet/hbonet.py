@@ -78,6 +78,17 @@ class InvertedResidual(nn.Module):
         return x
 
 
+class AvgPool2dCeil(nn.Module):
+    """2x2 average pooling that rounds sizes up, as the strided convolutions do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(x.shape[-1], torch.SymInt) or isinstance(x.shape[-2], torch.SymInt):
+                # the same without a branch on the size, which would limit an export of dynamic size
+                return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
+        return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
 class SpatialExpansion(nn.Module):
     """Grow a feature map to the size of the one that it is added to.
 
@@ -178,7 +189,7 @@ class HarmoniousBottleneck(nn.Module):
         self.conv_dw = ConvNormAct(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
         self.conv_pwl = ConvNormAct(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
 
-        self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
+        self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         if rate > stride:
             self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
             self.expand = SpatialExpansion(self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
@@ -560,11 +571,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
             found = list(v.shape) if torch.is_tensor(v) else type(v).__name__
             problems.append(f'{k!r} is {found}, not {list(expected[k].shape)}')
     if problems:
-        cfg = getattr(model, 'pretrained_cfg', {})
-        source = cfg.get('file') or cfg.get('hf_hub_id') or cfg.get('url') or 'the given state dict'
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
         raise RuntimeError(
-            f'The weights from {source} do not fit {_architecture(model)}: {"; ".join(problems[:3])}{more}. '
+            f'The weights do not fit {_architecture(model)}: {"; ".join(problems[:3])}{more}. '
             f'Use a checkpoint of this architecture.')
     return state_dict
 
@@ -584,7 +593,7 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     release.name: _cfg(
-        hf_hub_id='timm/',
+        hf_hub_id=release.hf_hub_id,
         url=release.url,
         input_size=(3, release.input_size, release.input_size),
         pool_size=(release.input_size // 32, release.input_size // 32),
