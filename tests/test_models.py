@@ -11,6 +11,7 @@ from reference import ARCHITECTURES, release_state_dict
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -263,7 +264,8 @@ def test_export_of_dynamic_size_with_deconv():
     torch.testing.assert_close(program(image), model(image))
 
 
-@pytest.mark.parametrize('name, exporter', [*((name, 'torchscript') for name in RATES), ('hbonet_025_8x_d8', 'dynamo')])
+@pytest.mark.parametrize(
+    'name, exporter', [*((name, 'torchscript') for name in RATES), ('hbonet_025_8x_d8', 'dynamo')])
 def test_onnx_of_dynamic_batch_and_size(name, exporter, tmp_path):
     model, path = released(name), str(tmp_path / 'model.onnx')
     if exporter == 'dynamo':
@@ -278,6 +280,40 @@ def test_onnx_of_dynamic_batch_and_size(name, exporter, tmp_path):
         image = torch.randn(shape)
         logits = torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
         torch.testing.assert_close(logits, model(image).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=['float64', 'float32'])
+def test_reparameterised_model_is_the_same(name, dtype, tolerance):
+    model = released(name, dtype)
+    fused = reparameterize_model(model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    for size in [(64, 64), (33, 47)]:
+        image = torch.randn(2, 3, *size, dtype=dtype)
+        for module, fused_module in zip(
+                [model.conv_stem, *model.blocks, model.conv_head], [fused.conv_stem, *fused.blocks, fused.conv_head],
+                strict=True):
+            # each from the same input: random weights amplify the rounding of float32
+            expected = module(image)
+            assert (fused_module(image) - expected).abs().max() <= tolerance * expected.abs().max()
+            image = expected
+
+
+@pytest.mark.parametrize('spatial_expansion', ['nearest', 'deconv'])
+def test_reparameterised_features_and_state_dict(spatial_expansion):
+    create_model = functools.partial(timm.create_model, 'hbonet_025_8x_d8', spatial_expansion=spatial_expansion)
+    image = torch.randn(2, 3, 65, 97)
+    model = create_model(features_only=True)
+    for _ in range(3):
+        model(image)  # statistics other than 0 and 1
+    fused = reparameterize_model(model.eval())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    for feature, expected in zip(fused(image), model(image), strict=True):
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    other = reparameterize_model(create_model(features_only=True), inplace=True).eval()
+    other.load_state_dict(fused.state_dict())
+    assert all(map(torch.equal, other(image), fused(image)))
 
 
 def test_deep_copy_and_pickle():

@@ -7,6 +7,7 @@ Paper: `HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions` - https://ar
 
 Weights and protocols: https://github.com/d-li14/HBONet
 """
+import copy
 import math
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -15,17 +16,37 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ConvNormAct, DropPath, LayerType, create_classifier, get_norm_act_layer, make_divisible
+from timm.layers import ConvNormAct as _ConvNormAct
+from timm.layers import DropPath, LayerType, create_classifier, get_norm_act_layer, make_divisible
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
 from timm.models._helpers import clean_state_dict
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .pretrained import build_model_with_cfg
 from .releases import RELEASES
 
 __all__ = ['HBONet']
+
+
+def _fold_norm(conv: nn.Module, bn: nn.BatchNorm2d) -> nn.Module:
+    conv = copy.deepcopy(conv)
+    # a depthwise transposed convolution has its output channels first too
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    return conv
+
+
+class ConvNormAct(_ConvNormAct):
+    """Convolution, norm and activation, whose norm `timm.models.reparameterize_model` folds into the convolution."""
+
+    def reparameterize(self) -> None:
+        """Fold the norm, from its running statistics. A model without its norms is for inference."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv = _fold_norm(self.conv, self.bn)
+            self.bn = self.bn.act
 
 
 class InvertedResidual(nn.Module):
@@ -128,14 +149,19 @@ class SpatialExpansion(nn.Module):
         # the strided convolutions round sizes up, so that the transposed one can exceed the size
         return self.bn(self.conv(x)[:, :, :size[0], :size[1]])
 
+    def reparameterize(self) -> None:
+        """Fold the norm of 'deconv', see `ConvNormAct`."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = _fold_norm(self.conv, self.bn), nn.Identity()
+
 
 class HarmoniousBottleneck(nn.Module):
     """Harmonious bottleneck (HBO) block.
 
-    A chain of strided depthwise and pointwise convolutions contracts the feature map by `rate` and expands its channels,
-    then the channels are contracted to half of the output and the feature map is expanded back. The other half of the
-    output are the last channels of the input. A block of stride 2 ends at half the input size, a block of stride 2 and
-    rate 2 therefore has no spatial expansion.
+    Strided depthwise and pointwise convolutions contract the feature map by `rate` and expand its channels, then the
+    channels are contracted to half of the output and the feature map is expanded back. The other half of the output
+    are the last channels of the input. A block of stride 2 ends at half the size of its input, so that one of stride 2
+    and rate 2 has no spatial expansion.
 
     Paper: section 3 and figure 2 of HBONet.
     """
@@ -192,7 +218,8 @@ class HarmoniousBottleneck(nn.Module):
         self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         if rate > stride:
             self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-            self.expand = SpatialExpansion(self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
+            self.expand = SpatialExpansion(
+                self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
             self.conv_out = ConvNormAct(
                 self.main_chs, self.main_chs, 5, groups=self.main_chs, apply_act=False, **kwargs)
         else:
@@ -531,7 +558,7 @@ def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[st
             raise RuntimeError(
                 f'The checkpoint has {len(found)} convolutions and norms under {release_name!r}, '
                 f'{_architecture(model)} has {len(ours)}. Use the checkpoint of this architecture.')
-        modules.update(zip(found, ours))
+        modules.update(zip(found, ours, strict=False))  # a file may lack the classifier
 
     converted = {}
     for k, v in state_dict.items():
