@@ -1,7 +1,7 @@
 """Register the HBONet models when a program imports timm.
 
-It is a module of its own at the root of site-packages: interpreter start-up runs it (timm_hbonet.pth, or timm_hbonet.start
-from Python 3.15 on), and must not pay for the import of the package. `TIMM_HBONET_AUTOLOAD=0` switches it off.
+A module of its own at the root of site-packages, as interpreter start-up runs it (timm_hbonet.pth, or timm_hbonet.start
+from Python 3.15 on) and must not pay for the import of the package. `TIMM_HBONET_AUTOLOAD=0` switches it off.
 """
 import os
 import sys
@@ -15,38 +15,58 @@ def _register() -> None:
     try:
         import timm_hbonet  # noqa: F401
     except Exception as e:  # whatever is wrong here must not stop a program that only wants timm
-        import warnings
-        warnings.warn(
+        import logging
+        # not the warnings module: a program that turns warnings into errors would be stopped after all
+        logging.getLogger('timm_hbonet').warning(
             f'timm-hbonet could not register its models, timm works without them. {type(e).__name__}: {e}. '
-            f'Reinstall timm-hbonet, or set TIMM_HBONET_AUTOLOAD=0 to silence this.',
-            RuntimeWarning,
+            f'`import timm_hbonet` shows where it fails; reinstall timm-hbonet, or set TIMM_HBONET_AUTOLOAD=0.'
         )
 
 
+class _TimmLoader:
+    """The loader that was found for timm, with registration after it."""
+
+    def __init__(self, spec):
+        self._spec = spec
+        self._loader = spec.loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def exec_module(self, module):
+        # the program finds timm as if it had been imported without this
+        self._spec.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register()
+
+
 class _TimmFinder:
-    """Meta path finder that lets the others find timm, and has the models registered once timm has been imported."""
+    """Meta path finder that lets the others find timm, and wraps the loader that they return.
+
+    It stays on the meta path: programs look for timm without importing it, or try again after a failure. And if it were
+    removed, an import under way in another thread could skip the finder after it.
+    """
+
+    def __init__(self):
+        self._threads = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name != 'timm':
+        if name != 'timm' or name in sys.modules:
             return None
-        spec = None
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                break
-        loader = getattr(spec, 'loader', None)
-        if hasattr(loader, 'exec_module'):
-            exec_module = loader.exec_module
 
-            def exec_module_and_register(module):
-                loader.exec_module = exec_module
-                exec_module(module)
-                # not earlier: a program may look for timm without importing it
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                _register()
+        import importlib.util
+        import threading
+        thread = threading.get_ident()
+        if thread in self._threads:
+            return None  # asked by the call below
+        self._threads.add(thread)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._threads.remove(thread)
 
-            loader.exec_module = exec_module_and_register
+        if hasattr(getattr(spec, 'loader', None), 'exec_module'):
+            spec.loader = _TimmLoader(spec)
         return spec
 
 

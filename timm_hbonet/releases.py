@@ -1,13 +1,24 @@
 """The 19 checkpoints that the authors released with the paper: where they are, how to check them, what they score.
 
 Sources: https://github.com/d-li14/HBONet at the pinned commit and its README, tables 2 to 6 of arXiv:1908.03888.
+
+Two environment variables are read when this is imported. `TIMM_HBONET_HUB_NAMESPACE` ('ORG' or 'ORG@REVISION') is the
+namespace of the Hugging Face Hub that has the weights, 'timm' if not set. `TIMM_HBONET_RELEASES` is the path of a JSON
+file that replaces the table, for a mirror of the release: 'repository', 'commit', and 'checkpoints', a list of objects
+with the attributes of `Release`, where `macs` is 'computed_macs'.
 """
-from typing import NamedTuple, Optional
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple, Optional, Tuple, Union
 
 __all__ = ['COMMIT', 'RELEASES', 'REPOSITORY', 'Release']
 
 REPOSITORY = 'https://github.com/d-li14/HBONet'
 COMMIT = 'e9a76c15e3847b0f032a7000fe0c8138d6f2eb10'
+
+_NAMESPACE = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
 
 
 class Release(NamedTuple):
@@ -39,6 +50,30 @@ class Release(NamedTuple):
     @property
     def url(self) -> str:
         return f'{REPOSITORY}/raw/{COMMIT}/{self.path}'
+
+    @property
+    def hf_hub_id(self) -> str:
+        namespace, at, revision = _NAMESPACE.partition('@')
+        return f'{namespace}/{self.name}{at}{revision}'
+
+    def verify(self, path: Union[str, Path]) -> None:
+        """Compare a file's digests with the released ones, without opening it as a checkpoint.
+
+        Raises:
+            ValueError: If a digest differs.
+        """
+        git_blob = hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
+        sha384 = hashlib.sha384()
+        with open(path, 'rb') as f:
+            while chunk := f.read(1 << 20):
+                git_blob.update(chunk)
+                sha384.update(chunk)
+        for digest, found, expected in (
+                ('git blob id', git_blob.hexdigest(), self.git_blob),
+                ('SHA-384', sha384.hexdigest(), self.sha384),
+        ):
+            if expected and found != expected:
+                raise ValueError(f'the {digest} is {found}, but that of {self.name} is {expected}')
 
 
 RELEASES = (
@@ -102,7 +137,8 @@ RELEASES = (
         96, 50.3, 73.8, 12, 12484816, '4',
     ),
     Release(
-        'hbonet_050_d8.in1k', 'pretrained/variant/hbonet_0_5_8_divisible.pth', '0b6d5fa2f7534b952d3b6e8857401be9f8a648e9',
+        'hbonet_050_d8.in1k', 'pretrained/variant/hbonet_0_5_8_divisible.pth',
+        '0b6d5fa2f7534b952d3b6e8857401be9f8a648e9',
         224, 67.7, 87.4, 98, 108166768, '5',
     ),
     Release(
@@ -110,15 +146,35 @@ RELEASES = (
         192, 67.3, 87.3, 108, 97673920, '5',
     ),
     Release(
-        'hbonet_025_d8.in1k', 'pretrained/variant/hbonet_0_25_8_divisible.pth', '21d65af0058a11e626adaeb4d4f5c842ddfe466c',
+        'hbonet_025_d8.in1k', 'pretrained/variant/hbonet_0_25_8_divisible.pth',
+        '21d65af0058a11e626adaeb4d4f5c842ddfe466c',
         224, 58.3, 80.6, 44, 44097504, '6',
     ),
     Release(
-        'hbonet_025_4x_d8.in1k', 'pretrained/variant/hbonet_0_25_4x_8_divisible.pth', '3162e5b2d91c07858786619a0d90d5d28f6ecce0',
+        'hbonet_025_4x_d8.in1k', 'pretrained/variant/hbonet_0_25_4x_8_divisible.pth',
+        '3162e5b2d91c07858786619a0d90d5d28f6ecce0',
         224, 59.3, 81.4, 45, 45350336, '6',
     ),
     Release(
-        'hbonet_025_8x_d8.in1k', 'pretrained/variant/hbonet_0_25_8x_8_divisible.pth', 'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
+        'hbonet_025_8x_d8.in1k', 'pretrained/variant/hbonet_0_25_8x_8_divisible.pth',
+        'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
         224, 58.2, 80.4, 45, 45328384, '6',
     ),
 )
+
+
+def _read_table(path: str) -> Tuple[str, str, Tuple[Release, ...]]:
+    try:
+        table = json.loads(Path(path).read_text(encoding='utf-8'))
+        releases = tuple(
+            Release(**{k: v for k, v in dict(entry, macs=entry['computed_macs']).items() if k in Release._fields})
+            for entry in table['checkpoints'])
+        return table['repository'], table['commit'], releases
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f'TIMM_HBONET_RELEASES is {path!r}, which cannot be used as a table of releases. {type(e).__name__}: {e}. '
+            f"It must be a JSON file with 'repository', 'commit' and 'checkpoints'.") from e
+
+
+if os.environ.get('TIMM_HBONET_RELEASES'):
+    REPOSITORY, COMMIT, RELEASES = _read_table(os.environ['TIMM_HBONET_RELEASES'])

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Publish the released HBONet checkpoints on the Hugging Face Hub."""
+import argparse
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+from convert_checkpoint import FILES, convert, git_blob_id
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from tqdm import tqdm
+
+from timm_hbonet import __version__
+from timm_hbonet.pretrained import download_release
+from timm_hbonet.releases import RELEASES, Release
+
+
+def publish(api: HfApi, release: Release, repo_id: str) -> str:
+    """Upload a released checkpoint, as far as the repository does not have it. Returns what was done."""
+    try:
+        remote = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in api.get_paths_info(repo_id, list(FILES))}
+        exists = True
+    except RepositoryNotFoundError:
+        remote, exists = {}, False
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, release.name)
+        convert(download_release(release), release, repo_id, folder)
+        changed = []
+        for file in FILES:
+            content = (folder / file).read_bytes()
+            if remote.get(file) not in (git_blob_id(content), hashlib.sha256(content).hexdigest()):
+                changed.append(file)
+        if not changed:
+            return 'is up to date'
+        if not exists:
+            api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=changed, commit_message=f'Add {release.name}')
+    return f'uploaded {", ".join(changed)}'
+
+
+def check_token(api: HfApi) -> Optional[str]:
+    """What is wrong with the token, None if nothing."""
+    try:
+        api.whoami()
+    except LocalTokenNotFoundError:
+        return 'there is no token of the Hub. Run `hf auth login`, or set HF_TOKEN to a token with write access.'
+    except Exception as e:  # errors of any HTTP library that huggingface_hub uses
+        if isinstance(e, HfHubHTTPError) and e.response.status_code == 401:
+            return (
+                f'{api.endpoint} does not accept the token (401), it may have expired or been revoked. '
+                f'Run `hf auth login`, or set HF_TOKEN to a token with write access.')
+        return f'cannot ask {api.endpoint} whose token this is. {describe(e)}'
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error and its cause, without the token that a request may have had."""
+    message = ' '.join(f'{type(error).__name__}: {error}'.split())
+    # an HTTP error of the Hub says it all
+    if error.__cause__ and not isinstance(error, HfHubHTTPError) and str(error.__cause__) not in message:
+        message += f' ({describe(error.__cause__)})'
+    token = get_token()
+    return message.replace(token, '***') if token else message
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog='Each checkpoint is downloaded from the release (or taken from the cache), verified, converted, and '
+               'uploaded to the repository ORG/MODEL, unless that has it already. It is safe to run this again after '
+               'any failure. The token is that of `hf auth login`, or HF_TOKEN.')
+    parser.add_argument('--namespace', metavar='ORG', help='organization or user of the Hub')
+    parser.add_argument('--only', nargs='+', metavar='NAME', help='publish only these models, such as hbonet_100.in1k')
+    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the folders to DIR, upload nothing')
+    args = parser.parse_args()
+    if not args.namespace and not args.dry_run:
+        parser.error('--namespace is required, unless this is a --dry-run')
+    names = [r.name for r in RELEASES]
+    for name in args.only or ():
+        if name not in names:
+            parser.error(f'--only: there is no model {name!r}, choose from {", ".join(names)}')
+
+    api = HfApi(library_name='timm_hbonet', library_version=__version__)
+    problem = None if args.dry_run else check_token(api)
+    if problem:
+        sys.exit(f'error: {problem}')
+
+    failures = []
+    releases = [r for r in RELEASES if r.name in (args.only or names)]
+    for release in tqdm(releases, unit='model'):
+        repo_id = f'{args.namespace}/{release.name}' if args.namespace else release.hf_hub_id.partition('@')[0]
+        try:
+            if args.dry_run:
+                convert(download_release(release), release, repo_id, args.dry_run / release.name)
+                done = f'written to {args.dry_run / release.name}'
+            else:
+                done = publish(api, release, repo_id)
+            tqdm.write(f'{repo_id}: {done}')
+        except Exception as e:  # whatever is wrong with one must not keep the others from being published
+            failures.append(f'{release.name}: {describe(e)}')
+    if failures:
+        failures.insert(0, f'error: {len(failures)} of {len(releases)} failed, run this again to publish them:')
+        sys.exit('\n'.join(failures))
+
+
+if __name__ == '__main__':
+    main()
