@@ -1,5 +1,6 @@
 """The network is the authors' network: outputs, stages, parameters, MACs, and their checkpoints through every door."""
 import functools
+import os
 
 import pytest
 import timm
@@ -182,3 +183,23 @@ def test_release_needs_nearest(door, spatial_expansion, tmp_path, monkeypatch):
     monkeypatch.setattr(timm, 'create_model', create_model)
     with pytest.raises(RuntimeError, match=f"spatial_expansion='nearest'`, got '{spatial_expansion}'"):
         DOORS[door]('hbonet_010', path)
+
+
+class MakesFolder:
+    """Unpickled in full, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('save', [torch.save, _legacy], ids=['zip', 'legacy'])
+def test_pickle_that_wants_to_run_code_is_refused(door, save, tmp_path):
+    path, folder = str(tmp_path / 'weights.pth'), tmp_path / 'made'
+    save({'features.0.0.weight': MakesFolder(str(folder))}, path)
+    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+        DOORS[door]('hbonet_010', path)
+    assert not folder.exists()

@@ -329,7 +329,6 @@ def test_deep_copy_and_pickle():
     (dict(width=0), '`width` must be positive, got 0'),
     (dict(width=-1.), '`width` must be positive, got -1.0'),
     (dict(in_chans=0), '`in_chans` must be at least 1, got 0'),
-    (dict(divisor=0), '`divisor` must be at least 1, got 0'),
     (dict(rates=(2, 2)), r'`rates` must be 5 numbers out of 2, 4 and 8, got \(2, 2\)'),
     (dict(rates=(2, 2, 3, 2, 2)), r'`rates` must be 5 numbers out of 2, 4 and 8, got \(2, 2, 3, 2, 2\)'),
     (dict(depths=(1,)), r'`depths` must be 9 numbers of at least 1, got \(1,\)'),

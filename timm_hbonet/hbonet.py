@@ -68,17 +68,6 @@ class InvertedResidual(nn.Module):
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            in_chs: Number of input channels.
-            out_chs: Number of output channels.
-            stride: Stride of the depthwise convolution.
-            dilation: Dilation of the depthwise convolution.
-            exp_ratio: Ratio of hidden to input channels, 1 for no expansion convolution.
-            act_layer: Type of activation layer.
-            norm_layer: Type of normalization layer.
-            drop_path: Stochastic depth rate.
-        """
         super().__init__()
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         mid_chs = round(in_chs * exp_ratio)
@@ -111,10 +100,7 @@ class AvgPool2dCeil(nn.Module):
 
 
 class SpatialExpansion(nn.Module):
-    """Grow a feature map to the size of the one that it is added to.
-
-    Paper: section 3.2 of HBONet allows upsampling and transposed convolution alike.
-    """
+    """Grow a feature map to the size of the one that it is added to, 'deconv' is a depthwise transposed convolution."""
 
     def __init__(
             self,
@@ -125,13 +111,6 @@ class SpatialExpansion(nn.Module):
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            chs: Number of channels.
-            stride: Ratio of output to input size.
-            mode: One of 'nearest', 'bilinear' and 'deconv' (depthwise transposed convolution and norm).
-            norm_layer: Type of normalization layer, for 'deconv'.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.mode = mode
@@ -163,7 +142,7 @@ class HarmoniousBottleneck(nn.Module):
     are the last channels of the input. A block of stride 2 ends at half the size of its input, so that one of stride 2
     and rate 2 has no spatial expansion.
 
-    Paper: section 3 and figure 2 of HBONet.
+    Paper: figure 2 of HBONet.
     """
 
     def __init__(
@@ -180,18 +159,6 @@ class HarmoniousBottleneck(nn.Module):
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            in_chs: Number of input channels.
-            out_chs: Number of output channels.
-            stride: Stride of the block, 1 or 2.
-            rate: Rate of the spatial contraction, 2, 4 or 8.
-            exp_ratio: Ratio of hidden to input channels.
-            spatial_expansion: Spatial expansion, one of 'nearest', 'bilinear' and 'deconv'.
-            act_layer: Type of activation layer.
-            norm_layer: Type of normalization layer.
-            drop_path: Stochastic depth rate.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
@@ -305,8 +272,6 @@ class HBONet(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         if width <= 0:
             raise ValueError(f'`width` must be positive, got {width}.')
-        if divisor < 1:
-            raise ValueError(f'`divisor` must be at least 1, got {divisor}.')
         if in_chans < 1:
             raise ValueError(f'`in_chans` must be at least 1, got {in_chans}.')
         if len(depths) != len(_STAGE_CFG) or min(depths) < 1:
