@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Train an HBONet on handwritten digits, or classify photographs, through timm alone.
+
+Without a photograph: trains on the 8x8 digits that scikit-learn ships (no download, no GPU), saves the model in the
+Hugging Face Hub's layout, loads it back, checks that it scores the same, and draws its predictions. The held-out fifth
+of the digits is stratified and the same for each seed.
+
+With photographs: prints the top 5 classes of each, by default with the published ImageNet weights.
+"""
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn, Sequence, Tuple
+
+import numpy as np
+import timm
+import timm.data
+import timm.models
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from tqdm import tqdm
+except ModuleNotFoundError as e:
+    sys.exit(f"quickstart.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
+
+OUTPUT_NAMES = {'checkpoints', 'config.json', 'model.safetensors', 'predictions.png'}
+INPUT_SIZE = (1, 48, 48)
+BATCH_SIZE = 64
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f'quickstart.py: {message}')
+
+
+class Digits(Dataset):
+    """Handwritten digits as PIL images with their labels, `create_loader` sets the transform."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images = images
+        self.labels = labels
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def load_splits() -> Tuple[Digits, Digits]:
+    """Get the digits to train on, 1437, and those held out, 360."""
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the shades are 0 to 16
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    return Digits(train_images, train_labels), Digits(test_images, test_labels)
+
+
+def create_eval_loader(model: torch.nn.Module, dataset: Dataset, device: torch.device) -> DataLoader:
+    return timm.data.create_loader(
+        dataset, batch_size=BATCH_SIZE, num_workers=0, device=device, **timm.data.resolve_model_data_config(model))
+
+
+@torch.inference_mode()
+def predict(model: torch.nn.Module, loader: DataLoader) -> Tuple[torch.Tensor, torch.Tensor, float]:
+    """Compute logits (images, classes), labels (images,) and top-1 accuracy in percent of a data set."""
+    model.eval()
+    logits, labels = zip(*((model(images), labels) for images, labels in loader), strict=True)
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    return logits, labels, timm.utils.accuracy(logits, labels)[0].item()
+
+
+def train(output: Path, epochs: int, seed: int, device: torch.device) -> None:
+    """Train, save, load back and draw. `output` holds a whole new result at the end, or what it held before."""
+    folder = output.resolve()
+    try:
+        if folder.exists():
+            foreign = sorted({path.name for path in folder.iterdir()} - OUTPUT_NAMES)
+            if foreign:
+                fail(
+                    f'--output {output} holds files that are not from this script ({", ".join(foreign[:3])}). '
+                    f'Give a new or an empty folder.')
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix='.quickstart-', dir=folder.parent)
+    except OSError as e:
+        fail(f'cannot write to --output {output}: {e}. Give another folder.')
+
+    with work:
+        result = Path(work.name, 'result')
+        result.mkdir()
+        timm.utils.random_seed(seed)
+        model = timm.create_model(
+            'hbonet_035',
+            num_classes=10,
+            in_chans=INPUT_SIZE[0],
+            pretrained_cfg_overlay=dict(
+                tag='digits', input_size=INPUT_SIZE, pool_size=None, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
+        ).to(device)
+        train_set, test_set = load_splits()
+        test_loader = create_eval_loader(model, test_set, device)
+        print(
+            f'{model.pretrained_cfg["architecture"]}, {sum(p.numel() for p in model.parameters()):,} parameters, '
+            f'on {device.type}: {len(train_set)} digits to train on, {len(test_set)} held out')
+        fit(model, train_set, test_loader, epochs, device, result / 'checkpoints')
+
+        # the last epoch, as to choose the best by the held-out digits would flatter the score
+        logits, labels, top1 = predict(model, test_loader)
+        label_names = [str(digit) for digit in range(10)]
+        timm.models.save_for_hf(model, result, model_config=dict(label_names=label_names), safe_serialization=True)
+
+        reloaded = timm.create_model(f'local-dir:{result}', pretrained=True).to(device)
+        reloaded_logits, _, reloaded_top1 = predict(reloaded, create_eval_loader(reloaded, test_set, device))
+        if not torch.allclose(reloaded_logits, logits, rtol=1e-4, atol=1e-4):
+            fail(f'the saved model does not predict as the trained one does, {reloaded_top1:.2f} %, not {top1:.2f} %.')
+
+        draw(test_set, reloaded_logits.softmax(-1).cpu().numpy(), result / 'predictions.png')
+        if folder.exists():
+            os.replace(folder, Path(work.name, 'previous'))
+        os.replace(result, folder)
+
+    print(f'Top-1 on the {len(test_set)} held-out digits: {top1:.2f} %')
+    print(f"Loaded back by timm.create_model('local-dir:{output}', pretrained=True): {reloaded_top1:.2f} %")
+    print(f'Picture of predictions: {output / "predictions.png"}')
+
+
+def fit(
+        model: torch.nn.Module,
+        train_set: Dataset,
+        test_loader: DataLoader,
+        epochs: int,
+        device: torch.device,
+        checkpoint_dir: Path,
+) -> None:
+    loader = timm.data.create_loader(
+        train_set,
+        batch_size=BATCH_SIZE,
+        is_training=True,
+        scale=(0.7, 1.0),
+        hflip=0.,  # a mirrored digit is another sign
+        color_jitter=0.,
+        num_workers=0,
+        device=device,
+        **timm.data.resolve_model_data_config(model),
+    )
+    optimizer = timm.optim.create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=5e-4)
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer,
+        num_epochs=epochs,
+        warmup_epochs=1,
+        warmup_lr=0.005,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader),
+    )
+    checkpoint_dir.mkdir()
+    saver = timm.utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(checkpoint_dir), max_history=1)
+
+    with tqdm(total=epochs * len(loader), desc='Training', unit='batch') as progress:
+        for epoch in range(epochs):
+            losses = timm.utils.AverageMeter()
+            model.train()
+            for images, labels in loader:
+                loss = torch.nn.functional.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.update(loss.item(), len(labels))
+                progress.update()
+                scheduler.step_update(progress.n)
+            saver.save_checkpoint(epoch)
+            top1 = predict(model, test_loader)[2]
+            progress.write(f'Epoch {epoch + 1:2} of {epochs}: loss {losses.avg:.3f}, top-1 held out {top1:.2f} %')
+
+
+def draw(dataset: Digits, probs: np.ndarray, path: Path) -> None:
+    """Draw two right predictions of each digit, and below them the mistakes, the most confident first."""
+    labels, preds, confidences = dataset.labels, probs.argmax(1), probs.max(1)
+    wrong = np.flatnonzero(preds != labels)
+    wrong = wrong[np.argsort(-confidences[wrong])]
+    # index of the digit in each place, a row and a column
+    right_places = {
+        (row, digit): index
+        for digit in range(10) for row, index in enumerate(np.flatnonzero((labels == digit) & (preds == digit))[:2])}
+    wrong_places = {(0, column): index for column, index in enumerate(wrong[:10])}
+
+    figure = Figure(figsize=(12, 6), dpi=120, layout='constrained')
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1), hspace=0.05)
+    upper.suptitle(f'Right: {len(labels) - len(wrong)} of {len(labels)} held-out digits, two of each', fontsize=16)
+    lower.suptitle(f'Wrong: {len(wrong)}' + (', the 10 most confident' if len(wrong) > 10 else ''), fontsize=16)
+    for part, rows, places, color in ((upper, 2, right_places, 'darkgreen'), (lower, 1, wrong_places, 'darkred')):
+        for place, axes in np.ndenumerate(part.subplots(rows, 10, squeeze=False)):
+            axes.axis('off')
+            if place in places:
+                index = places[place]
+                axes.imshow(dataset.images[index], cmap='gray_r')
+                axes.set_title(
+                    f'{labels[index]} read as {preds[index]}\n{confidences[index]:.0%} sure', color=color, fontsize=11)
+    figure.savefig(path)
+
+
+def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> None:
+    """Print the top 5 classes of each photograph."""
+    for path in photos:  # before the weights are downloaded
+        read_photo(path, 'L')
+    try:
+        model = timm.create_model(model_name, pretrained=True).to(device).eval()
+    except Exception as e:  # each source of models has errors of its own
+        fail(
+            f'cannot load --model {model_name}. {type(e).__name__}: {e}\n'
+            f'Published weights are downloaded once and then kept: run this once where the Hugging Face Hub or GitHub '
+            f'can be reached. Without a connection, classify with a model from a folder, --model local-dir:FOLDER.')
+    data_config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**data_config, is_training=False)
+    cfg, subset, labels = model.pretrained_cfg, timm.data.infer_imagenet_subset(model), None
+    if cfg.get('label_names'):
+        labels = timm.data.CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
+    elif subset:
+        labels = timm.data.ImageNetInfo(subset)
+
+    for path in tqdm(photos, desc='Classifying', unit='photo', disable=len(photos) < 2):
+        image = read_photo(path, 'L' if data_config['input_size'][0] == 1 else 'RGB')
+        with torch.inference_mode():
+            probs = model(transform(image).unsqueeze(0).to(device)).softmax(-1)[0]
+        tqdm.write(f'{path}')
+        for prob, index in zip(*(values.tolist() for values in probs.topk(min(5, len(probs)))), strict=True):
+            tqdm.write(f'{prob:8.2%}  {labels.index_to_description(index) if labels else f"class {index}"}')
+
+
+def read_photo(path: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except FileNotFoundError:
+        fail(f'there is no photograph {path}.')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        fail(f'cannot read {path} as an image: {e}. Give a photograph that is a JPEG, PNG or WebP file.')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    photographs = parser.add_argument_group('photographs')
+    photographs.add_argument('photos', nargs='*', type=Path, metavar='PHOTO', help='image files to classify')
+    photographs.add_argument(
+        '--model', metavar='NAME',
+        help="model with ImageNet or other weights, named as for timm.create_model, also 'local-dir:FOLDER' or "
+             "'hf-hub:OWNER/NAME' (default: hbonet_100)")
+    training = parser.add_argument_group('training')
+    training.add_argument(
+        '--output', type=Path, default=Path('output/quickstart'), metavar='DIR',
+        help='folder for the trained model and the picture, an earlier result in it is replaced (default: %(default)s)')
+    training.add_argument('--epochs', type=int, default=16, help='passes over the digits (default: %(default)s)')
+    training.add_argument('--seed', type=int, default=0, help='seed of weights and augmentation (default: %(default)s)')
+    args = parser.parse_args()
+    if args.model and not args.photos:
+        parser.error('--model is for photographs, give at least one PHOTO')
+    if args.model and ':' not in args.model and not timm.is_model(args.model):
+        parser.error(
+            f"--model {args.model} is not a model that timm knows. Of this family it knows "
+            f"{', '.join(timm.list_models('hbonet*')) or 'none, is timm-hbonet installed?'}")
+    if args.epochs < 1:
+        parser.error(f'--epochs must be at least 1, got {args.epochs}')
+    if not 0 <= args.seed < 2 ** 32:
+        parser.error(f'--seed must be from 0 to {2 ** 32 - 1}, got {args.seed}')
+
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.photos:
+        classify(args.photos, args.model or 'hbonet_100', device)
+    else:
+        train(args.output, args.epochs, args.seed, device)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('quickstart.py: interrupted.')
