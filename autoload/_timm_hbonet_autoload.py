@@ -18,8 +18,8 @@ def _register() -> None:
         import logging
         # not the warnings module: a program that turns warnings into errors would be stopped after all
         logging.getLogger('timm_hbonet').warning(
-            f'timm-hbonet could not register its models, timm works without them. {type(e).__name__}: {e}. '
-            f'`import timm_hbonet` shows where it fails; reinstall timm-hbonet, or set TIMM_HBONET_AUTOLOAD=0.'
+            f'timm-hbonet could not register its models, timm works without them. {type(e).__name__}: {e} '
+            f'(`import timm_hbonet` shows where it fails; reinstall timm-hbonet, or set TIMM_HBONET_AUTOLOAD=0)'
         )
 
 

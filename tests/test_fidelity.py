@@ -155,8 +155,19 @@ def test_checkpoint_of_another_width(tmp_path):
 
 def test_checkpoint_of_another_rate():
     model = timm.create_model('hbonet_025_d8')
-    with pytest.raises(RuntimeError, match="'features.2'.*hbonet_025_d8 has 10.*Use the checkpoint of this arch"):
+    with pytest.raises(RuntimeError, match=r"do not fit hbonet_025_d8: 'blocks.1.0.conv_pwl.bn.weight' is missing"):
         checkpoint_filter_fn(release_state_dict('hbonet_025_4x_d8'), model)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.pop('features.3.conv.0.weight'), "'blocks.2.0.contract.0.conv.weight' is missing"),
+    (lambda s: s.update({'features.3.conv.extra.weight': torch.zeros(1)}), "'features.3.conv.extra.weight' is unknown"),
+])
+def test_filter_names_the_wrong_tensor_of_the_release(change, message):
+    weights = release_state_dict('hbonet_010')
+    change(weights)
+    with pytest.raises(RuntimeError, match=f'do not fit hbonet_010: {message}. Use a checkpoint of this architecture'):
+        checkpoint_filter_fn(weights, timm.create_model('hbonet_010'))
 
 
 @pytest.mark.parametrize('change, message', [

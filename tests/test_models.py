@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 from reference import ARCHITECTURES, release_state_dict
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
 
@@ -121,13 +122,15 @@ def test_output_stride_16(name):
 
 
 def test_grad_checkpointing_gives_the_same_gradients():
-    gradients = []
+    gradients, calls = [], []
     for enable in (False, True):
         model = released('hbonet_010', torch.float64).train()
         model.set_grad_checkpointing(enable)
+        model.blocks[3][0].register_forward_pre_hook(lambda *args, enable=enable: calls.append(enable))
         torch.manual_seed(0)
         model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
+    assert calls == [False, True, True]  # again in the backward pass
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -141,15 +144,29 @@ def test_layer_decay_has_one_group_a_block():
     assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_rates_of_dropout_and_stochastic_depth():
-    model = timm.create_model('hbonet_100', drop_rate=0.3, drop_path_rate=0.2)
-    assert model.drop_rate == 0.3
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
-    # every block with a shortcut: 10 of the harmonious bottlenecks, 1 inverted residual
-    assert len(rates) == 11 and rates == sorted(rates) and 0 < rates[0] and rates[-1] < 0.2
-    image = torch.randn(4, 3, 64, 64)
-    assert not torch.equal(model.train()(image), model(image))
-    assert torch.equal(model.eval()(image), model(image))
+def test_dropout():
+    model = released('hbonet_010')
+    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    embedding = model.forward_head(features, pre_logits=True)
+    model.drop_rate = timm.create_model('hbonet_010', drop_rate=0.3).drop_rate
+    assert torch.equal(model.forward_head(features, pre_logits=True), embedding)
+    dropped = model.train().forward_head(features, pre_logits=True)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], embedding[kept] / 0.7)
+    assert kept.sum().item() == pytest.approx(0.7 * (embedding != 0).sum().item(), rel=0.05)
+
+
+def test_stochastic_depth():
+    model = timm.create_model('hbonet_100', drop_path_rate=0.18)
+    rates = {n: m.drop_prob for n, m in model.named_modules() if isinstance(m, DropPath)}
+    # of 19 blocks, from 0 to 0.18: the bottlenecks of stride 1 but for the first block, and one inverted residual
+    blocks = ['1.0', '2.1', '2.2', '3.1', '3.2', '3.3', '4.1', '4.2', '4.3', '5.0', '7.1']
+    index = [1, 3, 4, 6, 7, 8, 10, 11, 12, 13, 16]
+    assert list(rates) == [f'blocks.{b}.drop_path' for b in blocks]
+    assert list(rates.values()) == pytest.approx([0.18 * i / 17 for i in index])
+    block = HarmoniousBottleneck(8, 8, drop_path=1 - 1e-9).train()
+    x = torch.randn(4, 8, 16, 16)
+    torch.testing.assert_close(block(x)[:, 4:], block.conv_out(x[:, :4]), rtol=1e-4, atol=1e-4)
 
 
 def test_bn_arguments_of_the_scripts():
@@ -213,6 +230,19 @@ def test_multiples_of_32_are_as_released_to_the_bit(rate, stride):
             shortcut = F.avg_pool2d(x[:, :18], 2) if stride == 2 else x[:, :18]
             y = block.conv_out(shortcut + F.interpolate(y, scale_factor=rate // stride))
         assert torch.equal(block(x), torch.cat([rest, y], 1))
+
+
+def test_spatial_expansion():
+    x, y = torch.randn(2, 24, 30, 32), torch.randn(2, 18, 8, 8)
+    for mode in ('nearest', 'bilinear'):
+        expand = HarmoniousBottleneck(24, 36, rate=4, spatial_expansion=mode).expand
+        assert torch.equal(expand(y, x.shape[-2:]), F.interpolate(y, (30, 32), mode=mode))
+    for rate, stride in ((2, 1), (4, 1), (8, 2)):
+        expand = HarmoniousBottleneck(24, 36, rate=rate, stride=stride, spatial_expansion='deconv').eval().expand
+        assert isinstance(expand.conv, nn.ConvTranspose2d)
+        assert expand.conv.stride == (rate // stride,) * 2 and expand.conv.groups == 18
+        size = (8 * rate // stride - 1, 8 * rate // stride)
+        assert torch.equal(expand(y, size), expand.bn(expand.conv(y))[:, :, :-1])
 
 
 def test_pooling_averages_the_pixels_that_there_are():
@@ -283,7 +313,7 @@ def test_onnx_of_dynamic_batch_and_size(name, exporter, tmp_path):
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=['float64', 'float32'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_reparameterised_model_is_the_same(name, dtype, tolerance):
     model = released(name, dtype)
     fused = reparameterize_model(model)
@@ -314,6 +344,15 @@ def test_reparameterised_features_and_state_dict(spatial_expansion):
     other = reparameterize_model(create_model(features_only=True), inplace=True).eval()
     other.load_state_dict(fused.state_dict())
     assert all(map(torch.equal, other(image), fused(image)))
+
+
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d, lambda model: model])
+def test_reparameterised_and_released_with_other_batch_norms(convert):
+    expected = released('hbonet_010', torch.float64)
+    model = convert(timm.create_model('hbonet_010', dtype=torch.float64)).eval()
+    model.load_state_dict(release_state_dict('hbonet_010'))
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(reparameterize_model(model)(image), expected(image))
 
 
 def test_deep_copy_and_pickle():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -156,7 +157,7 @@ def test_each_of_the_19_loads_from_the_hub(name, server, tmp_path):
     assert server.count('/d-li14/*') == 0
 
 
-def test_second_call_downloads_nothing(server, tmp_path):
+def test_second_call_only_asks_the_hub_for_the_version(server, tmp_path):
     publish(server, tmp_path / 'model')
     create(cache_dir=tmp_path)
     assert server.count('/timm/*', 'GET') == 1
@@ -329,7 +330,7 @@ def test_missing_file_is_named(tmp_path):
 def test_file_of_another_architecture_is_named(tmp_path):
     path = tmp_path / 'w.pth'
     path.write_bytes(release_file('hbonet_025.in1k'))
-    with pytest.raises(RuntimeError, match=f'from {re.escape(str(path))} into hbonet_010'):
+    with pytest.raises(RuntimeError, match=f'hbonet_010 with the weights from {re.escape(str(path))}'):
         create(pretrained_cfg_overlay={'file': path})
 
 
@@ -449,6 +450,18 @@ def test_cache_folder_that_cannot_be_made(on_hub, server, tmp_path):
         create(cache_dir=folder)
 
 
+@pytest.mark.skipif(not shutil.which('setpriv'), reason='needs setpriv, of the package util-linux')
+def test_cache_folder_that_is_read_only(server, tmp_path):
+    folder = tmp_path / 'cache'
+    folder.mkdir(mode=0o555)
+    code = f"import timm; timm.create_model({NAME!r}, pretrained=True, cache_dir={str(folder)!r})"
+    # root too cannot write there without this capability
+    command = ['setpriv', '--bounding-set', '-dac_override', sys.executable, '-c', code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and list(folder.iterdir()) == []
+    assert re.search(f'{re.escape(str(cached(folder)))}: PermissionError(.|\n)*set `cache_dir`', result.stderr)
+
+
 @pytest.mark.parametrize('on_hub', [True, False])
 def test_disk_full(on_hub, server, tmp_path):
     resource = pytest.importorskip('resource', reason='limits of file size exist on Unix only')
@@ -466,7 +479,10 @@ def test_disk_full(on_hub, server, tmp_path):
     assert_reference(create(cache_dir=folder))
 
 
-def test_two_processes_that_download_at_once(server, tmp_path):
+@pytest.mark.parametrize('left', [None, b'the start of a file'])
+def test_two_processes_that_download_at_once(left, server, tmp_path):
+    if left:
+        cached(tmp_path).write_bytes(left)
     server.fail(RELEASE_FILE, barrier=threading.Barrier(2))
     code = f'''if True:
         from timm_hbonet.pretrained import download_release
@@ -520,6 +536,21 @@ def test_namespace_revision_caches_and_offline_mode(server, run_python, tmp_path
     assert offline.returncode == 1
     assert re.search('hbonet_0_35.pth: OfflineModeIsEnabled: .*HF_HUB_OFFLINE', offline.stderr)
     assert server.count() == requests
+
+
+def test_namespace_of_the_user_comes_before_a_release_in_the_cache(server, run_python, tmp_path):
+    environment = {'HF_HOME': str(tmp_path / 'a'), 'TORCH_HOME': str(tmp_path / 'b')}
+    assert run_python(code_that_loads(NAME), **environment).returncode == 0
+    publish(server, tmp_path / 'model', repo_id=f'org/{NAME}')
+    result = run_python(code_that_loads(NAME), TIMM_HBONET_HUB_NAMESPACE='org', **environment)
+    assert result.returncode == 0, result.stderr
+    assert server.count(f'/org/{NAME}/resolve/main/model.safetensors', 'GET') == 1
+
+
+@pytest.mark.parametrize('namespace', ['a/b', ' ', 'org/', '@v1', 'a b', 'a@b@c'])
+def test_namespace_that_is_none(namespace, run_python):
+    result = run_python('import timm_hbonet.releases', TIMM_HBONET_HUB_NAMESPACE=namespace)
+    assert f"ValueError: TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {namespace!r}." in result.stderr
 
 
 def test_proxy_carries_the_hub_and_the_release(server, run_python, tmp_path):

@@ -144,7 +144,8 @@ def test_wheel_has_the_startup_files_at_its_root_and_lists_them(wheel):
         for name in STARTUP_FILES:
             assert file.read(name) == (ROOT / 'autoload' / name).read_bytes()
     assert {line.split(',')[0] for line in record.splitlines()} == set(names)
-    package = {f'timm_hbonet/{path.name}' for path in (ROOT / 'timm_hbonet').glob('*.py')} | {'timm_hbonet/py.typed'}
+    package = {f'timm_hbonet/{path.name}' for path in (ROOT / 'timm_hbonet').iterdir() if path.is_file()}
+    assert {'timm_hbonet/py.typed', 'timm_hbonet/releases.json'} < package
     assert {name for name in names if '.dist-info/' not in name} == package | set(STARTUP_FILES)
 
 

@@ -7,7 +7,6 @@ Paper: `HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions` - https://ar
 
 Weights and protocols: https://github.com/d-li14/HBONet
 """
-import copy
 import math
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -16,8 +15,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ConvNormAct as _ConvNormAct
-from timm.layers import DropPath, LayerType, create_classifier, get_norm_act_layer, make_divisible
+from timm.layers import (
+    ConvNormAct,
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_norm_act_layer,
+    make_divisible,
+)
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
 from timm.models._helpers import clean_state_dict
@@ -31,26 +37,24 @@ from .releases import RELEASES
 __all__ = ['HBONet']
 
 
-def _fold_norm(conv: nn.Module, bn: nn.BatchNorm2d) -> nn.Module:
-    conv = copy.deepcopy(conv)
+def _fold_norm(conv: nn.Module, bn: nn.Module) -> None:
     # a depthwise transposed convolution has its output channels first too
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-    return conv
 
 
-class ConvNormAct(_ConvNormAct):
+class RepConvNormAct(ConvNormAct):
     """Convolution, norm and activation, whose norm `timm.models.reparameterize_model` folds into the convolution."""
 
     def reparameterize(self) -> None:
         """Fold the norm, from its running statistics. A model without its norms is for inference."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv = _fold_norm(self.conv, self.bn)
+        if getattr(self.bn, 'running_mean', None) is not None:
+            _fold_norm(self.conv, self.bn)
             self.bn = self.bn.act
 
 
 class InvertedResidual(nn.Module):
-    """Inverted residual block of MobileNet-V2, with its hidden width not rounded.
+    """Inverted residual block of MobileNet-V2. That of timm rounds the hidden width to a multiple of 8.
 
     Paper: `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
     """
@@ -73,9 +77,9 @@ class InvertedResidual(nn.Module):
         mid_chs = round(in_chs * exp_ratio)
         self.has_skip = stride == 1 and in_chs == out_chs
 
-        self.conv_pw = ConvNormAct(in_chs, mid_chs, 1, **kwargs) if exp_ratio != 1 else nn.Identity()
-        self.conv_dw = ConvNormAct(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs, **kwargs)
-        self.conv_pwl = ConvNormAct(mid_chs, out_chs, 1, apply_act=False, **kwargs)
+        self.conv_pw = RepConvNormAct(in_chs, mid_chs, 1, **kwargs) if exp_ratio != 1 else nn.Identity()
+        self.conv_dw = RepConvNormAct(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs, **kwargs)
+        self.conv_pwl = RepConvNormAct(mid_chs, out_chs, 1, apply_act=False, **kwargs)
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +104,7 @@ class AvgPool2dCeil(nn.Module):
 
 
 class SpatialExpansion(nn.Module):
-    """Grow a feature map to the size of the one that it is added to, 'deconv' is a depthwise transposed convolution."""
+    """Expansion of a feature map to the size of the one that it is added to."""
 
     def __init__(
             self,
@@ -120,7 +124,6 @@ class SpatialExpansion(nn.Module):
             self.bn = get_norm_act_layer(norm_layer)(chs, apply_act=False, **dd)
         else:
             self.conv = None
-            self.bn = None
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
         if self.conv is None:
@@ -129,9 +132,10 @@ class SpatialExpansion(nn.Module):
         return self.bn(self.conv(x)[:, :, :size[0], :size[1]])
 
     def reparameterize(self) -> None:
-        """Fold the norm of 'deconv', see `ConvNormAct`."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv, self.bn = _fold_norm(self.conv, self.bn), nn.Identity()
+        """Fold the norm of 'deconv', see `RepConvNormAct`."""
+        if self.conv is not None and getattr(self.bn, 'running_mean', None) is not None:
+            _fold_norm(self.conv, self.bn)
+            self.bn = nn.Identity()
 
 
 class HarmoniousBottleneck(nn.Module):
@@ -174,40 +178,33 @@ class HarmoniousBottleneck(nn.Module):
         for i in range(int(math.log2(rate))):
             chs = mid_chs if i else in_chs
             contract += [
-                ConvNormAct(chs, chs, 5, 2, groups=chs, apply_act=False, **kwargs),
-                ConvNormAct(chs, mid_chs, 1, **kwargs),
+                RepConvNormAct(chs, chs, 5, 2, groups=chs, apply_act=False, **kwargs),
+                RepConvNormAct(chs, mid_chs, 1, **kwargs),
             ]
         self.contract = nn.Sequential(*contract)
         # the release activates here at rate 2 only
-        self.conv_dw = ConvNormAct(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
-        self.conv_pwl = ConvNormAct(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
+        self.conv_dw = RepConvNormAct(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
+        self.conv_pwl = RepConvNormAct(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
 
         self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         if rate > stride:
             self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
             self.expand = SpatialExpansion(
                 self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
-            self.conv_out = ConvNormAct(
+            self.conv_out = RepConvNormAct(
                 self.main_chs, self.main_chs, 5, groups=self.main_chs, apply_act=False, **kwargs)
         else:
-            self.drop_path = nn.Identity()
             self.expand = None
-            self.conv_out = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
+        shortcut = self.pool(x)
         x = self.contract(x)
         x = self.conv_dw(x)
         x = self.conv_pwl(x)
-        if self.expand is None:
-            shortcut = self.pool(shortcut[:, -self.pass_chs:])
-        else:
-            shortcut = self.pool(shortcut)
-            x = self.drop_path(x)
-            x = self.expand(x, shortcut.shape[-2:])
+        if self.expand is not None:
+            x = self.expand(self.drop_path(x), shortcut.shape[-2:])
             x = self.conv_out(x + shortcut[:, :self.main_chs])
-            shortcut = shortcut[:, -self.pass_chs:]
-        return torch.cat([shortcut, x], dim=1)
+        return torch.cat([shortcut[:, -self.pass_chs:], x], dim=1)
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block
@@ -254,16 +251,17 @@ class HBONet(nn.Module):
             divisor: Number that all widths are multiples of.
             depths: Number of blocks of each of the 9 stages.
             rates: Rate of the spatial contraction, 2, 4 or 8, in each of the 5 stages of harmonious bottlenecks.
-            spatial_expansion: Spatial expansion of the harmonious bottlenecks: 'nearest' (as the released weights),
-                'bilinear', or 'deconv' for a depthwise transposed convolution of the same stride.
+            spatial_expansion: Spatial expansion of the harmonious bottlenecks: 'nearest', as the released weights need
+                it, 'bilinear', or 'deconv' for a depthwise transposed convolution of the same stride.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input image channels.
-            global_pool: Type of global pooling, '' for none.
+            global_pool: Type of global pooling, '' for none (without a classifier).
             output_stride: Ratio of input to output size, 32 or 16. 16 dilates the last stages.
             act_layer: Type of activation layer.
             norm_layer: Type of normalization layer.
             drop_rate: Dropout rate of the classifier.
-            drop_path_rate: Stochastic depth rate of the last block, earlier blocks have proportionally less.
+            drop_path_rate: Stochastic depth rate of the last block, it rises linearly from 0 at the first. Only blocks
+                with a shortcut have it.
 
         Raises:
             ValueError: If an argument is out of its range.
@@ -293,12 +291,13 @@ class HBONet(nn.Module):
         round_chs = partial(make_divisible, divisor=divisor)
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         prev_chs = round_chs(32 * width)
-        self.conv_stem = ConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
+        self.conv_stem = RepConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
 
         stages = []
         self.feature_info = []
         rates = iter(rates)
-        net_stride, dilation, block_idx = 2, 1, 0
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        net_stride, dilation = 2, 1
         for stage_idx, (block_type, exp_ratio, chs, stride) in enumerate(_STAGE_CFG):
             if stride > 1:  # the last stage of each reduction is a feature
                 self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{stage_idx - 1}')]
@@ -310,7 +309,7 @@ class HBONet(nn.Module):
                 if net_stride * block_stride > output_stride:
                     block_stride, next_dilation = 1, dilation * block_stride
                 net_stride *= block_stride
-                drop_path = drop_path_rate * block_idx / sum(depths)
+                drop_path = next(drop_path_rates)
                 if block_type == 'ir':
                     blocks += [InvertedResidual(
                         prev_chs,
@@ -333,10 +332,9 @@ class HBONet(nn.Module):
                         **kwargs,
                     )]
                 else:
-                    blocks += [ConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
+                    blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
                 prev_chs = out_chs
                 dilation = next_dilation
-                block_idx += 1
             stages += [nn.Sequential(*blocks)]
         self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{len(stages) - 1}')]
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
@@ -344,7 +342,7 @@ class HBONet(nn.Module):
 
         # Head + Pooling
         self.num_features = round_chs(1600 * max(width, 1.0))
-        self.conv_head = ConvNormAct(prev_chs, self.num_features, 1, **kwargs)
+        self.conv_head = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
         self.global_pool, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -429,7 +427,6 @@ class HBONet(nn.Module):
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        feat_idx = 0
         for feat_idx, stage in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
@@ -496,7 +493,7 @@ class HBONet(nn.Module):
         return x
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of this or of the release's layout.
+        """Load a state dict of this or of the release's layout, as timm's `load_checkpoint` calls no filter.
 
         See `torch.nn.Module.load_state_dict` for arguments and errors.
         """
@@ -504,7 +501,7 @@ class HBONet(nn.Module):
 
 
 def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[str, Any]:
-    """Rename the tensors of the release's layout, where a block's convolutions and norms are numbered in order."""
+    """Rename the tensors of the release's layout, which numbers the layers of a block, activations too."""
     if 'features.0.0.weight' not in state_dict:
         return state_dict
     if model.spatial_expansion != 'nearest':
@@ -512,23 +509,26 @@ def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[st
             f"The released weights are for `spatial_expansion='nearest'`, got {model.spatial_expansion!r}. "
             f'Use that, or train this model from scratch.')
 
-    modules = {}  # names of modules with parameters, release to ours
+    names = {}
     blocks = [f'blocks.{i}.{j}' for i, stage in enumerate(model.blocks) for j in range(len(stage))]
-    for i, name in enumerate(['conv_stem', *blocks, 'conv_head', 'classifier']):
-        release_name = name if name == 'classifier' else 'conv' if name == 'conv_head' else f'features.{i}'
-        found = {k.rpartition('.')[0] for k in state_dict if k.startswith(release_name + '.')}
-        found = sorted(found, key=lambda n: [int(x) if x.isdigit() else x for x in n.split('.')])
-        ours = [n for n, m in model.get_submodule(name).named_modules(prefix=name) if m._parameters]
-        if len(found) != len(ours) and name != 'classifier':
-            raise RuntimeError(
-                f'The checkpoint has {len(found)} convolutions and norms under {release_name!r}, '
-                f'{_architecture(model)} has {len(ours)}. Use the checkpoint of this architecture.')
-        modules.update(zip(found, ours, strict=False))  # a file may lack the classifier
+    for i, block_name in enumerate(['conv_stem', *blocks, 'conv_head']):
+        block = model.get_submodule(block_name)
+        prefix, index = f'features.{i}' if isinstance(block, RepConvNormAct) else f'features.{i}.conv', 0
+        for name, module in block.named_modules(prefix=block_name):
+            if not isinstance(module, RepConvNormAct):
+                continue
+            if name == 'conv_head':
+                prefix = 'conv'
+            elif name.endswith('.conv_out'):
+                prefix, index = f'features.{i}.upconv', 0
+            names[f'{prefix}.{index}'] = f'{name}.conv'
+            names[f'{prefix}.{index + 1}'] = f'{name}.bn'
+            index += 2 if isinstance(getattr(module.bn, 'act', module.bn), nn.Identity) else 3
 
     converted = {}
     for k, v in state_dict.items():
         prefix, _, suffix = k.rpartition('.')
-        converted[f'{modules[prefix]}.{suffix}' if prefix in modules else k] = v
+        converted[f'{names.get(prefix, prefix)}.{suffix}'] = v
     return converted
 
 
@@ -551,6 +551,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     """
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     state_dict = dict(_convert_release(state_dict, model))
+    # not left to load_state_dict(): timm makes it lenient where it replaces the classifier
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith('.num_batches_tracked')}
     adapted = ('conv_stem.conv.weight', 'classifier.weight', 'classifier.bias')
     problems = [f'{k!r} is missing' for k in expected if k not in state_dict and k not in adapted]

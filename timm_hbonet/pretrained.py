@@ -67,7 +67,7 @@ def build_model_with_cfg(
         model = timm.models.build_model_with_cfg(
             model_cls, variant, pretrained, pretrained_cfg, dict(pretrained_cfg_overlay or {}, **loaded), **kwargs)
     except RuntimeError as e:
-        raise RuntimeError(f'Could not load the weights from {source} into {variant}. {e}') from e
+        raise RuntimeError(f'Could not make {variant} with the weights from {source}. {e}') from e
     if loaded:
         for module in model.modules():  # a wrapper for feature maps has a config of its own
             getattr(module, 'pretrained_cfg', {}).pop('state_dict', None)
@@ -94,18 +94,21 @@ def _load_published(
     """Load published weights from the first place that has them. Returns its name, and the state dict."""
     path = _release_path(release, cache_dir)
     failures = []
-    if _is_cached(release, path):
-        return path, load_weights(path)
-    failures.append(f'{path}: not there')
+    if hub_id == f'timm/{release.name}':  # in a namespace of the user's, the Hub's weights may be others
+        if _is_cached(release, path):
+            return path, load_weights(path)
+        failures.append(f'{path}: not there')
 
     hub = f'{hub_id} on {constants.ENDPOINT}'
     try:
         return hub, _load_from_hub(hub_id, cache_dir)
     except Exception as e:  # whatever HTTP library huggingface_hub uses
-        if _is_cached_from_hub(hub_id, cache_dir):
+        cached = _find_cached_from_hub(hub_id, cache_dir)
+        if cached:
             raise RuntimeError(
                 f'The weights of {hub} cannot be read. {type(e).__name__}: {e} They must be a state dict, as '
-                f'{HF_SAFE_WEIGHTS_NAME} or, without other Python objects, as {HF_WEIGHTS_NAME}.') from e
+                f'{HF_SAFE_WEIGHTS_NAME} or, without other Python objects, as {HF_WEIGHTS_NAME}. If {cached} was '
+                f'damaged on this machine, delete it.') from e
         failures.append(_describe(hub, e))
         _logger.warning(f'Taking the weights of {release.name} from {release.url}, not from the Hub. {failures[-1]}')
 
@@ -128,7 +131,7 @@ def _describe(source: str, error: Exception) -> str:
 
 
 def _load_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> Dict[str, torch.Tensor]:
-    if not _is_cached_from_hub(hub_id, cache_dir):
+    if not _find_cached_from_hub(hub_id, cache_dir):
         # a download would try for minutes before it gives up on a Hub that cannot be reached
         repo_id, revision = hf_split(hub_id)
         try:
@@ -138,11 +141,13 @@ def _load_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> Dict[s
     return load_state_dict_from_hf(hub_id, weights_only=True, cache_dir=cache_dir)
 
 
-def _is_cached_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> bool:
+def _find_cached_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> Optional[str]:
     repo_id, revision = hf_split(hub_id)
-    return any(
-        isinstance(try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision), str)
-        for filename in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
+    for filename in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+        path = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        if isinstance(path, str):
+            return path
+    return None
 
 
 def _release_path(release: Release, cache_dir: Optional[Union[str, Path]]) -> Path:
@@ -150,13 +155,13 @@ def _release_path(release: Release, cache_dir: Optional[Union[str, Path]]) -> Pa
 
 
 def _is_cached(release: Release, path: Path) -> bool:
-    if not path.is_file():
-        return False
     try:
         release.verify(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except ValueError as e:
         _logger.warning(f'Deleting {path}, {e}.')
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have done so
         return False
     return True
 

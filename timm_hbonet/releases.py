@@ -9,12 +9,15 @@ file to use in place of releases.json, for a mirror of the release.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple, Union
 
 __all__ = ['COMMIT', 'RELEASES', 'REPOSITORY', 'Release']
 
 _NAMESPACE = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
+if not re.fullmatch(r'[\w.-]+(@[^@\s]+)?', _NAMESPACE):
+    raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {_NAMESPACE!r}.")
 
 
 class Release(NamedTuple):
