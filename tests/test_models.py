@@ -169,12 +169,19 @@ def test_stochastic_depth():
     torch.testing.assert_close(block(x)[:, 4:], block.conv_out(x[:, :4]), rtol=1e-4, atol=1e-4)
 
 
-def test_bn_arguments_of_the_scripts():
-    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=2e-4)
+@pytest.mark.parametrize('kwargs', [{}, dict(norm_layer='batchnorm2d'), dict(norm_layer=nn.BatchNorm2d)])
+def test_bn_arguments_of_the_scripts(kwargs):
+    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=2e-5, **kwargs).eval()
     norms = [m for m in model.modules() if isinstance(m, BatchNormAct2d)]
-    assert len(norms) == 76 and {(m.momentum, m.eps) for m in norms} == {(0.03, 2e-4)}
-    defaults = {(m.momentum, m.eps) for m in timm.create_model('hbonet_010').modules() if isinstance(m, BatchNormAct2d)}
-    assert defaults == {(0.1, 1e-5)}
+    assert len(norms) == 76 and {(m.momentum, m.eps) for m in norms} == {(0.03, 2e-5)}
+    default = released('hbonet_010')
+    model.load_state_dict(default.state_dict())
+    for m in default.modules():
+        if isinstance(m, BatchNormAct2d):
+            assert (m.momentum, m.eps) == (0.1, 1e-5)
+            m.eps = 2e-5
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(image), default(image))
 
 
 def test_norm_and_act_layers():

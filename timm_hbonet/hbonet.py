@@ -22,6 +22,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     create_classifier,
     get_norm_act_layer,
+    get_norm_layer,
     make_divisible,
 )
 from timm.models._efficientnet_builder import resolve_bn_args
@@ -597,7 +598,7 @@ default_cfgs = generate_default_cfgs({
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_act_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
     model = build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
