@@ -1,0 +1,213 @@
+"""The code of docs/clients.md runs with the real libraries, and agrees with timm.
+
+Weights are the stand-ins of the released ones, from the Hub and release on loopback.
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from timm.utils import accuracy
+from torchvision.transforms.v2.functional import normalize, resize
+
+PAGE = (Path(__file__).parents[1] / 'docs' / 'clients.md').read_text()
+NAME = 'hbonet_100'
+
+
+def need(module: str) -> None:
+    pytest.importorskip(module, reason=f'{module} is not installed: pip install "timm-hbonet[clients]"')
+
+
+def run_page(heading: str, **variables):
+    """Run the code under a heading of the page, in this process. Returns its variables."""
+    section = re.search(rf'^## {re.escape(heading)}\n(.*?)(?=^## |\Z)', PAGE, re.MULTILINE | re.DOTALL)[1]
+    code = '\n'.join(re.findall(r'^```python\n(.*?)^```', section, re.MULTILINE | re.DOTALL))
+    assert code and 'timm_hbonet' not in code
+    exec(compile(code, f'docs/clients.md, {heading}', 'exec'), variables)
+    return variables
+
+
+def assert_equal_to(found, expected, tolerance: float = 1e-4) -> None:
+    found, expected = torch.as_tensor(found), expected.detach()
+    assert found.shape == expected.shape
+    assert expected.abs().max() > 1e-3
+    assert (found.detach() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.fixture
+def folder(server, tmp_path, monkeypatch):
+    """Working directory of the code, where the published weights can be had."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope='module')
+def photos() -> torch.Tensor:
+    """Two photographs, normalized, batch of 2 x 3 x 427 x 640."""
+    images = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2) / 255
+    return normalize(images, timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+
+
+@pytest.fixture
+def model(folder):
+    return timm.create_model(NAME, pretrained=True).eval()
+
+
+@pytest.fixture
+def feature_maps(folder):
+    """Function that returns timm's five feature maps."""
+    return timm.create_model(NAME, pretrained=True, features_only=True).eval()
+
+
+def test_segmentation_models(folder, photos, feature_maps):
+    need('segmentation_models_pytorch')
+    images = resize(photos, [97, 131])
+
+    page = run_page('segmentation_models_pytorch', images=images)
+
+    assert page['masks'].shape == (2, 21, 97, 131)
+    assert page['unet'](images).shape == (2, 21, 97, 131)
+    for found, expected in zip(page['unet'].encoder(images)[1:], feature_maps(images), strict=True):
+        assert_equal_to(found, expected)
+    with pytest.raises(RuntimeError, match=r'shape \(128, 160\)'):
+        page['fpn'](images)
+
+    images = resize(photos, [96, 128])
+    assert page['deeplab'](images).shape == (2, 21, 96, 128)
+    dilated = timm.create_model(NAME, pretrained=True, features_only=True, output_stride=16).eval()(images)
+    assert dilated[-1].shape[-2:] == (6, 8)
+    for found, expected in zip(page['deeplab'].encoder(images)[1:], dilated, strict=True):
+        assert_equal_to(found, expected)
+
+    with pytest.raises(ValueError, match='must be 16 or 32, got 8'):
+        page['smp'].DeepLabV3Plus(f'tu-{NAME}', encoder_weights=None, encoder_output_stride=8)
+
+
+def test_segmentation_model_learns(folder, photos):
+    need('segmentation_models_pytorch')
+    import segmentation_models_pytorch as smp
+
+    torch.manual_seed(0)
+    images = resize(photos, [64, 96])
+    # the brighter half of the pixels
+    brightness = images.mean(1, keepdim=True)
+    target = (brightness > brightness.flatten(1).median(1).values[:, None, None, None]).float()
+    unet = smp.Unet('tu-hbonet_025', encoder_weights=True, decoder_channels=(32, 24, 16, 8, 8))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
+
+    losses = []
+    for _ in range(15):
+        loss = F.binary_cross_entropy_with_logits(unet(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_transformers(folder, photos, model, feature_maps):
+    need('transformers')
+    images = resize(photos, [97, 131])
+
+    photo = Image.fromarray(load_sample_images().images[0])
+
+    page = run_page('transformers', images=images, photo=photo)
+
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert_equal_to(page['logits'], model(transform(photo)[None]))
+    assert page['backbone'].channels == [72, 96, 144, 400]
+    assert len(page['feature_maps']) == 4
+    for found, expected in zip(page['feature_maps'], feature_maps(images)[1:], strict=True):
+        assert_equal_to(found, expected)
+
+
+def test_fastai(folder, digits):
+    need('fastai')
+    torch.manual_seed(0)
+    learner = run_page('fastai', folder=digits)['learner']
+    assert isinstance(learner.model[0].model, timm.model_entrypoint(NAME).__globals__['HBONet'])
+    train_loss, _, score = learner.recorder.values[-1]
+    assert train_loss < 0.5
+    assert score > 0.6
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Image folder of handwritten zeros and ones, for training and validation."""
+    data = load_digits(n_class=2)
+    for i, (image, label) in enumerate(zip(data.images[:200], data.target[:200], strict=True)):
+        path = tmp_path / 'digits' / ('train' if i < 160 else 'validation') / str(label) / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype('uint8')).resize((64, 64)).convert('RGB').save(path)
+    return tmp_path / 'digits'
+
+
+def test_timmx_and_onnx_runtime(folder, photos, model):
+    for module in ('timmx', 'onnx', 'onnxscript', 'onnxslim', 'onnxruntime'):
+        need(module)
+    images = resize(photos, [64, 64]).repeat(2, 1, 1, 1)[:3]
+    page = run_page('timmx and ONNX Runtime', images=images)
+    assert_equal_to(page['logits'], model(images))
+
+
+def test_openvino(folder, photos, model):
+    need('openvino')
+    images = resize(photos, [64, 96])
+    page = run_page('OpenVINO', images=images)
+    assert_equal_to(page['logits'], model(images))
+    odd = resize(photos, [97, 65])[:1]
+    assert_equal_to(page['compiled'](odd.numpy())[0], model(odd))
+
+
+def test_torchvision(folder, photos, model, feature_maps):
+    images = resize(photos, [97, 131])
+    page = run_page('torchvision', images=images)
+    maps = feature_maps(images)
+    assert_equal_to(page['features']['stride_16'], maps[3])
+    assert_equal_to(page['features']['embedding'], model.forward_head(model.forward_features(images), pre_logits=True))
+    assert {k: list(v.shape) for k, v in page['maps'].items()} == {
+        'p3': [2, 64, 13, 17], 'p4': [2, 64, 7, 9], 'p5': [2, 64, 4, 5]}
+    # the deepest map of the pyramid is two convolutions of timm's
+    inner, layer = page['pyramid'].inner_blocks[-1], page['pyramid'].layer_blocks[-1]
+    assert_equal_to(page['maps']['p5'], layer(inner(maps[4])))
+
+
+def test_grad_cam(folder, photos, model):
+    need('pytorch_grad_cam')
+    images = resize(photos, [224, 224])
+
+    heatmaps = run_page('pytorch-grad-cam', images=images)['heatmaps']
+
+    # between the last feature map and the class there is only a mean and a weighted sum, so that this is the formula
+    activation = model.forward_features(images)
+    expected = torch.einsum('c,bchw->bhw', model.classifier.weight[283], activation).relu()
+    expected = F.interpolate(expected[:, None], size=(224, 224), mode='bilinear')[:, 0]
+    low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
+    assert_equal_to(heatmaps, (expected - low) / (high - low), 1e-3)
+
+
+def test_torchmetrics(folder, photos, model):
+    need('torchmetrics')
+    images = torch.cat([resize(photos, [64, 64]), resize(photos.flip(-1), [64, 64])])
+    # the label is among the five best for three of the four images
+    ranks = model(images).argsort(descending=True)
+    labels = ranks[range(4), [0, 4, 3, 5]]
+    score = run_page('torchmetrics', images=images, labels=labels)['score']
+    assert score.item() == 0.75
+    assert accuracy(model(images), labels, topk=(5,))[0].item() == 75
+
+
+def test_macs_of_fvcore_and_ptflops(folder):
+    need('fvcore')
+    need('ptflops')
+    page = run_page('fvcore and ptflops')
+    expected = reference.ARCHITECTURES[NAME]
+    assert page['macs'] == page['ptflops_macs'] == expected['macs']['224x224']
+    assert page['parameters'] == expected['params']

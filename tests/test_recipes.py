@@ -1,0 +1,259 @@
+"""The commands of docs/imagenet.md, with the recipes, run timm's own scripts from a checkout that TIMM_REPO names.
+
+A script of a checkout imports the timm beside it, so that this also proves registration in a timm that is not
+installed. Training is on two classes of handwritten digits.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+REPO = os.environ.get('TIMM_REPO')
+RECIPES = ROOT / 'scripts' / 'recipes'
+COMMANDS = re.findall(r'^    ((?:python|torchrun) .*)$', (ROOT / 'docs' / 'imagenet.md').read_text(), re.MULTILINE)
+SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
+# so that 32 steps are enough to learn something
+QUICK = ['--epochs', '2', '--lr', '0.01', '--scale', '0.8', '1', '--bn-momentum', '0.5']
+LOADER = ['--workers', '1', '--batch-size', '16', '--device', 'cpu']
+BENCHMARK = [
+    '--batch-size', '4', '--img-size', '32', '--num-warm-iter', '1', '--num-bench-iter', '5', '--device', 'cpu']
+
+# DistributedDataParallel refuses the device that train.py names where that is the CPU, whatever the model
+CPU_DDP = """
+from torch.nn.parallel import DistributedDataParallel as DDP
+init = DDP.__init__
+DDP.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
+"""
+
+pytestmark = pytest.mark.skipif(
+    not REPO,
+    reason='git clone https://github.com/huggingface/pytorch-image-models, and set TIMM_REPO to that folder',
+)
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('recipes')
+
+
+@pytest.fixture(scope='module')
+def run(workspace, digits):
+    """Function that runs the shortest command of the page with some text in it, and returns what it logged and printed.
+
+    Arguments are appended, and come first where the command has them too.
+    """
+
+    def run(text, *args, folder=Path('RUN'), models='hbonet_*'):
+        command = min((command for command in COMMANDS if text in command), key=len)
+        places = {'RECIPES': str(RECIPES), 'DIR': str(digits), 'RUN': str(folder), 'hbonet_*': models}
+        words = [re.sub(r'^(RECIPES|DIR|RUN|hbonet_\*)', lambda m: places[m[0]], w) for w in shlex.split(command)]
+        words = [str(Path(REPO) / w) if w.endswith('.py') else w for w in words]
+        launcher = {'python': [], 'torchrun': ['-m', 'torch.distributed.run', '--standalone']}[words[0]]
+        process = subprocess.run(
+            [sys.executable, *launcher, *words[1:], *map(str, args)],
+            cwd=workspace,
+            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(workspace)},
+            capture_output=True, text=True, timeout=240)
+        output = process.stderr + process.stdout
+        assert process.returncode == 0, output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def digits(workspace) -> Path:
+    """Image folder with 256 images for training and 64 for validation."""
+    data = load_digits(n_class=2)
+    for i, (image, label) in enumerate(zip(data.images[:320], data.target[:320], strict=True)):
+        path = workspace / 'digits' / ('train' if i < 256 else 'validation') / str(label) / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype('uint8')).resize((40, 40)).convert('RGB').save(path)
+    return workspace / 'digits'
+
+
+@pytest.fixture(scope='module')
+def train(run, workspace):
+    """Function that trains with a command of the page, and returns the folder of the run and what was printed."""
+
+    def train(name, text, *args, **places):
+        output = run(
+            text, *SMALL, *QUICK, *LOADER, '--log-interval', '1', '--output', workspace / 'output',
+            '--experiment', name, *args, **places)
+        return workspace / 'output' / name, output
+
+    return train
+
+
+@pytest.fixture(scope='module')
+def in1k(train):
+    """A run with the ImageNet recipe."""
+    return train('in1k', 'hbonet_in1k.yaml --data-dir DIR')
+
+
+@pytest.fixture(scope='module')
+def finetune(train, in1k):
+    """A run with the fine-tuning recipe that starts from the weights of the other."""
+    return train(
+        'finetune', 'hbonet_finetune.yaml', '--pretrained-path', in1k[0] / 'last.pth.tar', '--grad-checkpointing',
+        '--lr', '0.001')
+
+
+def load_checkpoint(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def read_csv(path):
+    with open(path) as f:
+        return list(csv.DictReader(f))
+
+
+def learning_rates(output):
+    return [float(x) for x in re.findall(r'LR: (\S+)', output)]
+
+
+def cosine(steps):
+    """The protocol's schedule from the learning rate of these runs."""
+    return [0.005 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+
+
+def best_top1(output):
+    return float(re.search(r'Best metric: (\S+)', output)[1])
+
+
+def result(output):
+    return json.loads(output.split('--result')[1])
+
+
+def assert_learned(folder, epochs=2):
+    rows = read_csv(folder / 'summary.csv')
+    assert [int(row['epoch']) for row in rows] == list(range(epochs))
+    losses = [float(row['train_loss']) for row in rows]
+    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(v).all() for v in load_checkpoint(folder / 'last.pth.tar')['state_dict'].values())
+
+
+def test_imagenet_recipe_follows_the_protocol(in1k):
+    folder, output = in1k
+    assert_learned(folder)
+    assert best_top1(output) > 60
+    checkpoint = load_checkpoint(folder / 'last.pth.tar')
+
+    expected = dict(
+        sched='cosine', train_interpolation='bilinear', hflip=0.5, vflip=0., color_jitter=None, aa=None,
+        aug_repeats=0, reprob=0., mixup=0., cutmix=0., smoothing=0., drop=0., drop_path=None, clip_grad=None,
+        model_ema=False, amp=False)
+    args = vars(checkpoint['args'])
+    assert {k: args[k] for k in expected} == expected
+
+    groups = checkpoint['optimizer']['param_groups']
+    assert {(group['momentum'], group['nesterov'], group['weight_decay']) for group in groups} == {(0.9, False, 4e-5)}
+    parameters = [k for k in checkpoint['state_dict'] if not k.endswith(('mean', 'var', 'num_batches_tracked'))]
+    assert sum(len(group['params']) for group in groups) == len(parameters)
+    assert learning_rates(output) == pytest.approx(cosine(32), rel=1e-3)
+
+
+def test_imagenet_recipe_values():
+    recipe = yaml.safe_load((RECIPES / 'hbonet_in1k.yaml').read_text())
+    expected = dict(model='hbonet_100', epochs=150, batch_size=256, lr=0.05, scale=[0.08, 1.])
+    assert {k: recipe[k] for k in expected} == expected
+
+
+def test_resume(train, in1k, tmp_path):
+    (tmp_path / 'last.pth.tar').write_bytes((in1k[0] / 'checkpoint-0.pth.tar').read_bytes())
+    _, output = train('resume', '--resume', folder=tmp_path)
+    assert 'Train: 0' not in output
+    assert learning_rates(output) == pytest.approx(cosine(32)[16:], rel=1e-3)
+
+
+def test_torchcompile(train):
+    folder, output = train('compile', '--torchcompile', '--torchcompile', 'aot_eager')
+    assert 'Compiling task components with backend=aot_eager' in output
+    assert_learned(folder)
+
+
+def test_two_processes(train, workspace):
+    (workspace / 'cpu_ddp.py').write_text(CPU_DDP)
+    folder, output = train('two', 'torchrun', '--device-modules', 'cpu_ddp')
+    assert 'Process 0, total 2' in output
+    assert_learned(folder)
+    assert learning_rates(output) == pytest.approx(cosine(16), rel=1e-3)
+
+
+def test_finetuning_recipe(finetune):
+    folder, output = finetune
+    assert_learned(folder)
+    checkpoint = load_checkpoint(folder / 'last.pth.tar')
+    args = vars(checkpoint['args'])
+    flags = ('pretrained', 'model_ema', 'amp', 'channels_last', 'grad_checkpointing')
+    assert all(args[k] for k in flags) and args['amp_dtype'] == 'bfloat16'
+    assert checkpoint['state_dict_ema'].keys() == checkpoint['state_dict'].keys()
+    # one learning rate for each layer
+    assert len({group['lr_scale'] for group in checkpoint['optimizer']['param_groups']}) > 9
+
+
+@pytest.mark.parametrize('kind', ['in1k', 'finetune'])
+def test_validate_gives_the_top1_of_training(run, request, kind):
+    folder, output = request.getfixturevalue(kind)
+    flags = ['--use-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last'] if kind == 'finetune' else []
+    found = result(run('validate.py', *SMALL, *LOADER, *flags, folder=folder))
+    assert found['top1'] == pytest.approx(best_top1(output), abs=1e-4)
+
+
+def test_avg_checkpoints(run, in1k, workspace):
+    run('avg_checkpoints.py', folder=in1k[0])
+    first, second = (load_checkpoint(in1k[0] / f'checkpoint-{i}.pth.tar')['state_dict'] for i in (0, 1))
+    average = load_file(workspace / 'average.safetensors')
+    assert average.keys() == first.keys()
+    for k, v in average.items():
+        torch.testing.assert_close(v.double(), (first[k].double() + second[k].double()) / 2)
+
+
+def test_clean_checkpoint(run, in1k, workspace):
+    run('clean_checkpoint.py', folder=in1k[0])
+    cleaned, expected = load_file(workspace / 'clean.safetensors'), load_checkpoint(in1k[0] / 'last.pth.tar')
+    assert cleaned.keys() == expected['state_dict'].keys()
+    assert all(torch.equal(v, expected['state_dict'][k]) for k, v in cleaned.items())
+
+
+def test_inference(run, in1k, workspace):
+    pytest.importorskip('pandas', reason='timm\'s inference.py needs pandas: pip install "timm-hbonet[clients]"')
+    run('inference.py', *SMALL, *LOADER, folder=in1k[0])
+    rows = read_csv(workspace / 'results' / 'predictions.csv')
+    correct = [Path(row['filename']).parent.name == row['index'] for row in rows]
+    assert len(correct) == 64
+    assert 100 * sum(correct) / 64 == best_top1(in1k[1])
+
+
+def test_benchmark(run):
+    found = result(run('python benchmark.py', '--model', 'hbonet_010', *BENCHMARK))
+    assert found['model'] == 'hbonet_010'
+    assert found['infer_samples_per_sec'] > 0 and found['train_samples_per_sec'] > 0
+
+
+def test_bulk_runner(run, workspace):
+    run('bulk_runner.py', *BENCHMARK, models='hbonet_0[12]?')
+    assert sorted(row['model'] for row in read_csv(workspace / 'benchmark.csv')) == ['hbonet_010', 'hbonet_025']
+
+
+def test_onnx_export_and_validate(run, in1k):
+    for module in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install "timm-hbonet[test]"')
+    run('onnx_export.py', *SMALL, folder=in1k[0])
+    output = run('onnx_validate.py', '--img-size', '64', '--workers', '1')
+    assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(best_top1(in1k[1]), abs=1e-3)
