@@ -133,7 +133,6 @@ class SpatialExpansion(nn.Module):
         return self.bn(self.conv(x)[:, :, :size[0], :size[1]])
 
     def reparameterize(self) -> None:
-        """Fold the norm of 'deconv', see `RepConvNormAct`."""
         if self.conv is not None and getattr(self.bn, 'running_mean', None) is not None:
             _fold_norm(self.conv, self.bn)
             self.bn = nn.Identity()
@@ -494,10 +493,7 @@ class HBONet(nn.Module):
         return x
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of this or of the release's layout, as timm's `load_checkpoint` calls no filter.
-
-        See `torch.nn.Module.load_state_dict` for arguments and errors.
-        """
+        """See `torch.nn.Module`. Takes the release's layout too, as timm's `load_checkpoint` calls no filter."""
         return super().load_state_dict(_convert_release(state_dict, self), strict=strict, assign=assign)
 
 
@@ -516,25 +512,16 @@ def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[st
         block = model.get_submodule(block_name)
         prefix, index = f'features.{i}' if isinstance(block, RepConvNormAct) else f'features.{i}.conv', 0
         for name, module in block.named_modules(prefix=block_name):
-            if not isinstance(module, RepConvNormAct):
-                continue
-            if name == 'conv_head':
-                prefix = 'conv'
-            elif name.endswith('.conv_out'):
-                prefix, index = f'features.{i}.upconv', 0
-            names[f'{prefix}.{index}'] = f'{name}.conv'
-            names[f'{prefix}.{index + 1}'] = f'{name}.bn'
-            index += 2 if isinstance(getattr(module.bn, 'act', module.bn), nn.Identity) else 3
-
-    converted = {}
-    for k, v in state_dict.items():
-        prefix, _, suffix = k.rpartition('.')
-        converted[f'{names.get(prefix, prefix)}.{suffix}'] = v
-    return converted
-
-
-def _architecture(model: nn.Module) -> str:
-    return getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+            if isinstance(module, RepConvNormAct):
+                if name == 'conv_head':
+                    prefix = 'conv'
+                elif name.endswith('.conv_out'):
+                    prefix, index = f'features.{i}.upconv', 0
+                names[f'{prefix}.{index}.'] = f'{name}.conv.'
+                names[f'{prefix}.{index + 1}.'] = f'{name}.bn.'
+                index += 2 if isinstance(getattr(module.bn, 'act', module.bn), nn.Identity) else 3
+    prefixes = {k: k[:k.rfind('.') + 1] for k in state_dict}
+    return {names.get(p, p) + k[len(p):]: state_dict[k] for k, p in prefixes.items()}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -565,9 +552,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
             found = list(v.shape) if torch.is_tensor(v) else type(v).__name__
             problems.append(f'{k!r} is {found}, not {list(expected[k].shape)}')
     if problems:
+        architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', 'this HBONet')
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
         raise RuntimeError(
-            f'The weights do not fit {_architecture(model)}: {"; ".join(problems[:3])}{more}. '
+            f'The weights do not fit {architecture}: {"; ".join(problems[:3])}{more}. '
             f'Use a checkpoint of this architecture.')
     return state_dict
 

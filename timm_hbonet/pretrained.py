@@ -27,21 +27,14 @@ def build_model_with_cfg(
         model_cls: Union[Type[nn.Module], Callable[..., nn.Module]],
         variant: str,
         pretrained: bool,
-        pretrained_cfg: Optional[Dict[str, Any]] = None,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Build a model as `timm.models.build_model_with_cfg` does, with published weights that fall back to the release.
 
-    Weights from anywhere else than the registered pretrained cfgs load as timm loads them.
-
-    Args:
-        model_cls: Model class.
-        variant: Name of the architecture.
-        pretrained: Load pretrained weights.
-        pretrained_cfg: Tag, or whole config, of the pretrained weights.
-        pretrained_cfg_overlay: Entries that replace those of the config.
-        **kwargs: Other arguments of timm's function, and of the model.
+    Arguments are those of timm's function. Weights from anywhere else than the registered pretrained cfgs load as timm
+    loads them.
 
     Raises:
         ValueError: If published weights are asked for a `spatial_expansion` that they were not trained with.
