@@ -68,7 +68,13 @@ def load_splits() -> Tuple[Digits, Digits]:
 
 def create_eval_loader(model: torch.nn.Module, dataset: Dataset, device: torch.device) -> DataLoader:
     return timm.data.create_loader(
-        dataset, batch_size=BATCH_SIZE, num_workers=0, device=device, **timm.data.resolve_model_data_config(model))
+        dataset,
+        batch_size=BATCH_SIZE,
+        num_workers=0,
+        persistent_workers=False,
+        device=device,
+        **timm.data.resolve_model_data_config(model),
+    )
 
 
 @torch.inference_mode()
@@ -149,6 +155,7 @@ def fit(
         hflip=0.,  # a mirrored digit is another sign
         color_jitter=0.,
         num_workers=0,
+        persistent_workers=False,
         device=device,
         **timm.data.resolve_model_data_config(model),
     )

@@ -45,7 +45,7 @@ for entry in reference.CHECKPOINTS:
     images = reference.case_input(case, torch.float32)
     for source in (name, f'hf-hub:org/{name}'):
         model = timm.create_model(source, pretrained=True).eval()
-        assert model.pretrained_cfg['input_size'] == (3, size, size)
+        assert tuple(model.pretrained_cfg['input_size']) == (3, size, size)
         with torch.inference_mode():
             reference.assert_close(model(images), case['logits'], 1e-4)
         print('loaded', source)
@@ -295,7 +295,8 @@ def test_convert_asks_for_the_model_where_files_are_the_same(convert):
     with pytest.raises(SystemExit, match=r'is the file of hbonet_035.in1k, hbonet_035.r192_in1k, .*--model'):
         convert(release_file('hbonet_035'))
     output = convert(release_file('hbonet_035'), '--model', 'hbonet_035.r96_in1k')
-    assert timm.create_model(f'local-dir:{output}/hbonet_035.r96_in1k').pretrained_cfg['input_size'] == (3, 96, 96)
+    model = timm.create_model(f'local-dir:{output}/hbonet_035.r96_in1k')
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96)
 
 
 TRUSTED = ('--model', 'hbonet_050.in1k', '--allow-unknown-digest')
