@@ -102,7 +102,8 @@ def main() -> None:
         except Exception as e:  # whatever is wrong with one must not keep the others from being published
             failures.append(f'{release.name}: {describe(e)}')
     if failures:
-        failures.insert(0, f'error: {len(failures)} of {len(releases)} failed, run this again to publish them:')
+        remedy = 'to write' if args.dry_run else 'to publish'
+        failures.insert(0, f'error: {len(failures)} of {len(releases)} failed, run this again {remedy} them:')
         sys.exit('\n'.join(failures))
 
 

@@ -264,7 +264,7 @@ class HBONet(nn.Module):
                 with a shortcut have it.
 
         Raises:
-            ValueError: If an argument is out of its range.
+            ValueError: If `width`, `depths`, `rates`, `spatial_expansion`, `in_chans` or `output_stride` is not allowed.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
