@@ -264,7 +264,8 @@ class HBONet(nn.Module):
                 with a shortcut have it.
 
         Raises:
-            ValueError: If `width`, `depths`, `rates`, `spatial_expansion`, `in_chans` or `output_stride` is not allowed.
+            ValueError: If one of `width`, `depths`, `rates`, `spatial_expansion`, `in_chans` and `output_stride` is not
+                as above.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
