@@ -130,12 +130,14 @@ def test_transformers(folder, photos, model, feature_maps):
 
 def test_fastai(folder, digits):
     need('fastai')
-    torch.manual_seed(0)
+    from fastai.torch_core import set_seed
+
+    set_seed(0)
     learner = run_page('fastai', folder=digits)['learner']
     assert isinstance(learner.model[0].model, timm.model_entrypoint(NAME).__globals__['HBONet'])
-    train_loss, _, score = learner.recorder.values[-1]
-    assert train_loss < 0.5
-    assert score > 0.6
+    assert np.mean(learner.recorder.losses[-5:]) < 0.5  # 0.69 is chance
+    predictions, labels = learner.get_preds()
+    assert learner.recorder.values[-1][-1] == (predictions.argmax(1) == labels).float().mean().item()
 
 
 @pytest.fixture
