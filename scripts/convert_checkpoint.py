@@ -2,6 +2,7 @@
 """Convert checkpoints of the HBONet release to the layout of the Hugging Face Hub."""
 import argparse
 import hashlib
+import json
 import shutil
 import sys
 import tempfile
@@ -89,6 +90,9 @@ def convert(path: Path, release: Release, repo_id: str, folder: Path) -> None:
         written = Path(scratch, 'written')
         (written / 'test').mkdir(parents=True)
         save_for_hf(model, str(written), safe_serialization=True)
+        config = json.loads((written / 'config.json').read_text())
+        config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
+        (written / 'config.json').write_text(json.dumps(config, indent=2))
         make_card(model, release, repo_id, git_blob_id(path.read_bytes())).save(written / 'README.md')
         save_file(tensors, written / 'test/rand_tensors.safetensors')
         for file in written.rglob('*.safetensors'):

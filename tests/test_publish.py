@@ -110,6 +110,16 @@ def test_rand_tensors_are_what_the_model_gives(dry_run, name):
         assert (tensor - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+def test_transformers_loads_a_converted_folder(dry_run):
+    transformers = pytest.importorskip('transformers', reason='needs pip install timm-hbonet[clients]')
+    folder = dry_run / NAMES[0]
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    tensors = load_file(folder / 'test/rand_tensors.safetensors')
+    with torch.inference_mode():
+        logits = model(tensors['input']).logits
+    assert (logits - tensors['output']).abs().max() <= 1e-3 * tensors['output'].abs().max()
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_card_has_the_published_and_computed_figures(dry_run, name):
     entry = ENTRIES[name]
