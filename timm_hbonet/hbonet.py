@@ -7,6 +7,7 @@ Paper: `HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions` - https://ar
 
 Weights and protocols: https://github.com/d-li14/HBONet
 """
+import copy
 import math
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -97,11 +98,15 @@ class AvgPool2dCeil(nn.Module):
     """2x2 average pooling that rounds sizes up, as the strided convolutions do."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ceil_mode = True
         if not torch.jit.is_scripting():
-            if isinstance(x.shape[-1], torch.SymInt) or isinstance(x.shape[-2], torch.SymInt):
+            size = x.shape[-2], x.shape[-1]
+            if any(isinstance(n, torch.SymInt) for n in size):
                 # the same without a branch on the size, which would limit an export of dynamic size
                 return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
-        return F.avg_pool2d(x, 2, ceil_mode=True)
+            # only where it matters: ONNX Runtime pools several times slower with it
+            ceil_mode = not all(isinstance(n, int) and n % 2 == 0 for n in size)
+        return F.avg_pool2d(x, 2, ceil_mode=ceil_mode)
 
 
 class SpatialExpansion(nn.Module):
@@ -138,6 +143,15 @@ class SpatialExpansion(nn.Module):
             self.bn = nn.Identity()
 
 
+def _keep_gradient_dense(x: torch.Tensor) -> None:
+    # behind a slice or a concatenation, the gradient is a view or in another memory format, with which batch norm's
+    # backward is several times slower on CPU
+    if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor) and x.grad_fn is not None:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
+
+
 class HarmoniousBottleneck(nn.Module):
     """Harmonious bottleneck (HBO) block.
 
@@ -169,6 +183,7 @@ class HarmoniousBottleneck(nn.Module):
         mid_chs = in_chs * exp_ratio
         self.main_chs = out_chs // 2
         self.pass_chs = out_chs - self.main_chs
+        self.same_chs = in_chs == out_chs
         if self.pass_chs > in_chs:
             raise ValueError(
                 f'A harmonious bottleneck of {out_chs} channels passes {self.pass_chs} channels of its input through, '
@@ -182,6 +197,7 @@ class HarmoniousBottleneck(nn.Module):
                 RepConvNormAct(chs, mid_chs, 1, **kwargs),
             ]
         self.contract = nn.Sequential(*contract)
+        self.contract_added = self.contract_passed = None
         # the release activates here at rate 2 only
         self.conv_dw = RepConvNormAct(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
         self.conv_pwl = RepConvNormAct(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
@@ -197,14 +213,76 @@ class HarmoniousBottleneck(nn.Module):
             self.expand = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.pool(x)
+        halves = [x] if self.contract_added is None else list(x.split([self.main_chs, self.pass_chs], dim=1))
+        return torch.cat(self.forward_halves(halves), dim=1)
+
+    def forward_halves(self, halves: List[torch.Tensor]) -> List[torch.Tensor]:
+        """Forward from the whole input, or from its halves after `split_contract()`, to the halves of the output."""
+        if self.contract_added is None:
+            x = halves[0]
+            if not torch.jit.is_scripting():
+                _keep_gradient_dense(x)
+            shortcut = self.pool(x)
+            if self.same_chs:
+                # the gradient of a split is one concatenation, those of two slices are added up at full size
+                added, passed = shortcut.split([self.main_chs, self.pass_chs], dim=1)
+            else:
+                added, passed = shortcut[:, :self.main_chs], shortcut[:, -self.pass_chs:]
+        else:
+            added, passed = halves
+            x = torch.cat([self.contract_added(added), self.contract_passed(passed)], dim=1)
         x = self.contract(x)
         x = self.conv_dw(x)
         x = self.conv_pwl(x)
         if self.expand is not None:
-            x = self.expand(self.drop_path(x), shortcut.shape[-2:])
-            x = self.conv_out(x + shortcut[:, :self.main_chs])
-        return torch.cat([shortcut[:, -self.pass_chs:], x], dim=1)
+            x = self.expand(self.drop_path(x), added.shape[-2:])
+            x += added
+            x = self.conv_out(x)
+        if not torch.jit.is_scripting():
+            _keep_gradient_dense(x)
+        return [passed, x]
+
+    def split_contract(self) -> None:
+        """Split the first convolution into those of the two halves of the input. Only for inference."""
+        if self.contract_added is not None:
+            return
+        self.contract[0].reparameterize()
+        conv = self.contract[0].conv
+        if conv.bias is None or self.main_chs != self.pass_chs:
+            return  # its norm is no batch norm, or the halves of input and output differ
+        convs = copy.deepcopy(conv), conv
+        for half, weight, bias in zip(convs, conv.weight.chunk(2), conv.bias.chunk(2)):
+            half.weight, half.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+            half.in_channels = half.out_channels = half.groups = len(bias)
+        self.contract_added, self.contract_passed = convs
+        self.contract = self.contract[1:]
+
+
+class HarmoniousStage(nn.Sequential):
+    """Stage of harmonious bottlenecks.
+
+    `timm.models.reparameterize_model` keeps the halves of its feature maps apart from the first block to the last, so
+    that the blocks between need no slices, and no concatenations at full size.
+    """
+
+    def __init__(self, *blocks: Any):
+        super().__init__(*blocks)
+        self.keeps_halves = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.keeps_halves:
+            for block in self:
+                x = block(x)
+            return x
+        halves = [x]
+        for block in self:
+            halves = block.forward_halves(halves)
+        return torch.cat(halves, dim=1)
+
+    def reparameterize(self) -> None:
+        for block in self[1:]:
+            block.split_contract()
+        self.keeps_halves = all(block.contract_added is not None for block in self[1:])
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block
@@ -336,7 +414,7 @@ class HBONet(nn.Module):
                     blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
                 prev_chs = out_chs
                 dilation = next_dilation
-            stages += [nn.Sequential(*blocks)]
+            stages += [HarmoniousStage(*blocks) if block_type == 'hbo' else nn.Sequential(*blocks)]
         self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{len(stages) - 1}')]
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
         self.blocks = nn.Sequential(*stages)
