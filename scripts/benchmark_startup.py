@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measure what an installed timm-hbonet adds to the start of the interpreter, and to `import timm`.
+"""Measure what an installed timm-hbonet adds to the start of the interpreter, and to `import timm`; then what it takes
+to create a model, and to load its weights.
 
 It compares two virtual environments that differ in the start-up files only (the .pth file or, from Python 3.15 on, the
 .start file, and the module that they run). timm and timm_hbonet are those of the running environment. The two are run
@@ -7,8 +8,12 @@ in turn, and medians are compared.
 
 Goals: at most 1 ms more for the interpreter's start, at most 3 % more for the import. The exit status is 1 if one is
 missed. Run it on a machine that does nothing else.
+
+Models are created in turn with timm's mobilenetv2_100, and the weights loaded as safetensors and as a file of
+`torch.save`, all in this process.
 """
 import argparse
+import functools
 import importlib.util
 import os
 import statistics
@@ -18,6 +23,7 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+from typing import Any, Callable
 
 from tqdm import tqdm
 
@@ -58,12 +64,47 @@ def compare(label: str, pythons: list[Path], code: str, runs: int) -> tuple[floa
     return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
 
 
+def median_seconds(label: str, functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median seconds of functions that are called in turn."""
+    seconds = {name: [] for name in functions}
+    for run in tqdm(range(runs + 1), desc=label):
+        for name in sorted(functions, reverse=run % 2):
+            start = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def measure_models(folder: Path, runs: int) -> None:
+    """Print what it takes to create and to load hbonet_100."""
+    import safetensors.torch
+    import timm
+    import torch
+
+    creations = {name: functools.partial(timm.create_model, name) for name in ('hbonet_100', 'mobilenetv2_100')}
+    models = {name: create() for name, create in creations.items()}
+    seconds = median_seconds('create_model', creations, runs)
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    print('create_model: ' + ', '.join(
+        f'{name} {seconds[name] * 1e3:.1f} ms, {seconds[name] / counts[name] * 1e9:.1f} ns a parameter'
+        for name in models))
+
+    model = models['hbonet_100']
+    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
+    torch.save(model.state_dict(), folder / 'model.pth')
+    seconds = median_seconds('load weights', {
+        name: functools.partial(timm.models.load_checkpoint, model, folder / name, weights_only=True)
+        for name in ('model.safetensors', 'model.pth')}, runs)
+    print('load hbonet_100: ' + ', '.join(f'{name} {value * 1e3:.1f} ms' for name, value in seconds.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--starts', type=int, default=300, metavar='N', help='interpreter starts each (default: 300)')
     parser.add_argument('--imports', type=int, default=15, metavar='N', help='imports of timm each (default: 15)')
+    parser.add_argument('--models', type=int, default=40, metavar='N', help='models created and loaded (default: 40)')
     args = parser.parse_args()
-    for name in ('starts', 'imports'):
+    for name in ('starts', 'imports', 'models'):
         if getattr(args, name) < 1:
             parser.error(f'--{name} {getattr(args, name)}: at least 1 is needed')
     for name in ('timm', 'timm_hbonet'):
@@ -80,6 +121,7 @@ def main() -> int:
         share = (with_ - without) / without
         print(f'import timm: {without:.3f} s without, {with_:.3f} s with, '
               f'difference {share:+.1%} (goal: at most 3 %)')
+        measure_models(Path(folder), args.models)
     return int(start > 1e-3 or share > 0.03)
 
 

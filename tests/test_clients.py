@@ -2,42 +2,27 @@
 
 Weights are the stand-ins of the released ones, from the Hub and release on loopback.
 """
-import re
-from pathlib import Path
+import functools
 
 import numpy as np
+import pages
 import pytest
 import reference
 import timm
 import torch
 import torch.nn.functional as F
+from pages import assert_equal_to
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from timm.utils import accuracy
 from torchvision.transforms.v2.functional import normalize, resize
 
-PAGE = (Path(__file__).parents[1] / 'docs' / 'clients.md').read_text()
+run_page = functools.partial(pages.run_page, 'clients.md')
 NAME = 'hbonet_100'
 
 
 def need(module: str) -> None:
     pytest.importorskip(module, reason=f'{module} is not installed: pip install "timm-hbonet[clients]"')
-
-
-def run_page(heading: str, **variables):
-    """Run the code under a heading of the page, in this process. Returns its variables."""
-    section = re.search(rf'^## {re.escape(heading)}\n(.*?)(?=^## |\Z)', PAGE, re.MULTILINE | re.DOTALL)[1]
-    code = '\n'.join(re.findall(r'^```python\n(.*?)^```', section, re.MULTILINE | re.DOTALL))
-    assert code and 'timm_hbonet' not in code
-    exec(compile(code, f'docs/clients.md, {heading}', 'exec'), variables)
-    return variables
-
-
-def assert_equal_to(found, expected, tolerance: float = 1e-4) -> None:
-    found, expected = torch.as_tensor(found), expected.detach()
-    assert found.shape == expected.shape
-    assert expected.abs().max() > 1e-3
-    assert (found.detach() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.fixture

@@ -1,0 +1,107 @@
+"""The code of docs/deployment.md runs, and computes what the model does."""
+import collections
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pages
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from pages import assert_equal_to
+from reference import release_state_dict
+from sklearn.datasets import load_sample_images
+from timm.utils import reparameterize_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.transforms.v2.functional import normalize
+
+run_page = functools.partial(pages.run_page, 'deployment.md')
+RATES = ['hbonet_010', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8']
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope='module')
+def model():
+    model = timm.create_model('hbonet_100').eval().requires_grad_(False)
+    model.load_state_dict(release_state_dict('hbonet_100', torch.float32))
+    return model
+
+
+@pytest.fixture(scope='module')
+def fused(model):
+    return reparameterize_model(model)
+
+
+@pytest.fixture(scope='module')
+def crops():
+    """Parts of two photographs, normalized, [32, 3, 128, 128]."""
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2) / 255
+    photos = normalize(photos, timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    return torch.cat([photos[..., i:i + 128, j:j + 128] for i in (0, 90, 180, 270) for j in (0, 160, 320, 480)])
+
+
+def test_reparameterization(server, folder, crops):
+    page = run_page('Re-parameterization', images=crops[:2])
+    assert page['logits'].shape == (2, 1000)
+    assert_equal_to(page['logits'], page['model'](crops[:2]))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in page['fused'].modules())
+
+
+def test_compile_once_for_all_batch_sizes(model, fused, crops, monkeypatch):
+    # what inductor makes of the graph is PyTorch's business, and takes a minute
+    backend = CompileCounterWithBackend('aot_eager')
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend, fullgraph=True))
+    page = run_page('torch.compile', torch=torch, fused=fused, images=crops[:4].clone())
+    assert_equal_to(page['logits'], model(crops[:4]))
+    with torch.no_grad():
+        for batch_size in (2, 3, 15):  # from 16, PyTorch on one thread convolves in another way, and compiles for it
+            assert_equal_to(page['compiled'](crops[:batch_size].clone()), model(crops[:batch_size]))
+    assert backend.frame_count == 1
+
+
+def test_export(folder, model, fused, crops):
+    page = run_page('torch.export', torch=torch, fused=fused, images=crops[:2])
+    assert_equal_to(page['logits'], model(crops[:2]))
+    assert_equal_to(page['reloaded'](crops[:5]), model(crops[:5]))
+
+
+def test_onnx_and_int8(folder, model, fused, crops):
+    page = run_page('ONNX', torch=torch, fused=fused, images=crops[:2])
+    onnx.checker.check_model('hbonet_100.onnx', full_check=True)
+    assert_equal_to(page['logits'], model(crops[:2]))
+    compiled = openvino.compile_model('hbonet_100.onnx', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    assert_equal_to(compiled(crops[:3].numpy())[0], model(crops[:3]))
+
+    page = run_page('int8', onnxruntime=onnxruntime, images=crops[:8], calibration_images=crops)
+    weights = {i.data_type for i in onnx.load('hbonet_100_int8.onnx').graph.initializer if len(i.dims) == 4}
+    assert onnx.TensorProto.INT8 in weights and onnx.TensorProto.FLOAT not in weights
+    # random weights amplify the error, which is 2 % of trained ones
+    assert F.cosine_similarity(torch.from_numpy(page['logits']), model(crops[:8])).min() > 0.95
+
+
+@pytest.mark.parametrize('name', RATES)
+def test_onnx_of_fixed_shape_has_only_layers(name, folder):
+    model = timm.create_model(name).eval()
+    model.load_state_dict(release_state_dict(name, torch.float32))
+    fused = reparameterize_model(model)
+    image = torch.randn(2, 3, 224, 224)
+    nodes = {}
+    for key, module in (('model', model), ('fused', fused)):
+        torch.onnx.export(module, (image,), f'{key}.onnx', dynamo=True, opset_version=18, verbose=False)
+        onnx.checker.check_model(f'{key}.onnx', full_check=True)
+        session = onnxruntime.InferenceSession(f'{key}.onnx')
+        assert_equal_to(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0], model(image))
+        nodes[key] = collections.Counter(node.op_type for node in onnx.load(f'{key}.onnx').graph.node)
+    layers = {
+        'Add', 'AveragePool', 'Clip', 'Concat', 'Conv', 'Gemm', 'ReduceMean', 'Reshape', 'Resize', 'Slice', 'Split'}
+    assert set(nodes['model']) <= layers and set(nodes['fused']) <= layers
+    # only the first block of each of five stages takes a whole feature map apart
+    assert nodes['fused']['Slice'] / 2 + nodes['fused']['Split'] <= 5 < nodes['model']['Split']
