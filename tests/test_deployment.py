@@ -98,7 +98,8 @@ def test_onnx_of_fixed_shape_has_only_layers(name, folder):
         torch.onnx.export(module, (image,), f'{key}.onnx', dynamo=True, opset_version=18, verbose=False)
         onnx.checker.check_model(f'{key}.onnx', full_check=True)
         session = onnxruntime.InferenceSession(f'{key}.onnx')
-        assert_equal_to(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0], model(image))
+        logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+        assert_equal_to(logits, model(image), 1e-3)  # random weights amplify rounding where rates are 4 and 8
         nodes[key] = collections.Counter(node.op_type for node in onnx.load(f'{key}.onnx').graph.node)
     layers = {
         'Add', 'AveragePool', 'Clip', 'Concat', 'Conv', 'Gemm', 'ReduceMean', 'Reshape', 'Resize', 'Slice', 'Split'}

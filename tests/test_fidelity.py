@@ -135,18 +135,18 @@ def test_pretrained_stem_and_classifier_are_adapted(tmp_path):
     create = functools.partial(
         timm.create_model, 'hbonet_010', pretrained=True, pretrained_cfg_overlay=dict(file=path))
     grey = create(in_chans=1, num_classes=7)
-    torch.testing.assert_close(grey.conv_stem.conv.weight, weights['features.0.0.weight'].sum(1, keepdim=True))
+    torch.testing.assert_close(grey.conv_stem[0].weight, weights['features.0.0.weight'].sum(1, keepdim=True))
     assert grey.classifier.weight.shape == (7, 1600)
-    assert torch.equal(grey.conv_head.conv.weight, weights['conv.0.weight'])
-    assert create(in_chans=4).conv_stem.conv.weight.shape == (4, 4, 3, 3)
+    assert torch.equal(grey.conv_head[0].weight, weights['conv.0.weight'])
+    assert create(in_chans=4).conv_stem[0].weight.shape == (4, 4, 3, 3)
     features = create(features_only=True)
-    assert torch.equal(features.conv_stem.conv.weight, weights['features.0.0.weight'])
+    assert torch.equal(features.conv_stem[0].weight, weights['features.0.0.weight'])
 
 
 def test_checkpoint_of_another_width(tmp_path):
     path = str(tmp_path / 'hbonet_050.pth')
     torch.save(release_state_dict('hbonet_050', torch.float32), path)
-    message = r"do not fit hbonet_035: 'blocks.0.0.conv_pwl.conv.weight' is \[10, 16, 1, 1\], not \[8, 16, 1, 1\]"
+    message = r"do not fit hbonet_035: 'blocks.0.0.conv.3.weight' is \[10, 16, 1, 1\], not \[8, 16, 1, 1\]"
     with pytest.raises(RuntimeError, match=message):
         timm.create_model('hbonet_035', pretrained=True, pretrained_cfg_overlay=dict(file=path))
     with pytest.raises(RuntimeError, match='size mismatch for blocks'):
@@ -155,13 +155,13 @@ def test_checkpoint_of_another_width(tmp_path):
 
 def test_checkpoint_of_another_rate():
     model = timm.create_model('hbonet_025_d8')
-    with pytest.raises(RuntimeError, match=r"do not fit hbonet_025_d8: 'blocks.1.0.conv_pwl.bn.weight' is missing"):
+    with pytest.raises(RuntimeError, match=r"do not fit hbonet_025_d8: 'blocks.1.0.conv.9.weight' is missing"):
         checkpoint_filter_fn(release_state_dict('hbonet_025_4x_d8'), model)
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda s: s.pop('features.3.conv.0.weight'), "'blocks.2.0.contract.0.conv.weight' is missing"),
-    (lambda s: s.update({'features.3.conv.extra.weight': torch.zeros(1)}), "'features.3.conv.extra.weight' is unknown"),
+    (lambda s: s.pop('features.3.conv.0.weight'), "'blocks.2.0.conv.0.weight' is missing"),
+    (lambda s: s.update({'features.3.conv.extra.weight': torch.zeros(1)}), "'blocks.2.0.conv.extra.weight' is unknown"),
 ])
 def test_filter_names_the_wrong_tensor_of_the_release(change, message):
     weights = release_state_dict('hbonet_010')
@@ -171,10 +171,10 @@ def test_filter_names_the_wrong_tensor_of_the_release(change, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda s: s.pop('blocks.1.0.conv_dw.bn.bias'), "'blocks.1.0.conv_dw.bn.bias' is missing"),
+    (lambda s: s.pop('blocks.1.0.conv.6.bias'), "'blocks.1.0.conv.6.bias' is missing"),
     (lambda s: s.update(extra=torch.zeros(1)), "'extra' is unknown"),
-    (lambda s: s.update({'conv_head.bn.bias': torch.zeros(3)}), r"'conv_head.bn.bias' is \[3\], not \[1600\]"),
-    (lambda s: s.update({'conv_head.bn.bias': 'text'}), r"'conv_head.bn.bias' is str, not \[1600\]"),
+    (lambda s: s.update({'conv_head.1.bias': torch.zeros(3)}), r"'conv_head.1.bias' is \[3\], not \[1600\]"),
+    (lambda s: s.update({'conv_head.1.bias': 'text'}), r"'conv_head.1.bias' is str, not \[1600\]"),
     (lambda s: s.clear(), r'\(and \d+ more\)'),
 ])
 def test_filter_names_the_wrong_tensor_and_the_architecture(change, message):

@@ -73,7 +73,7 @@ def malicious_pickle(folder):
             return os.mkdir, (str(trace),)
 
     file = io.BytesIO()
-    torch.save({'conv_stem.conv.weight': Malicious()}, file)
+    torch.save({'conv_stem.0.weight': Malicious()}, file)
     return file.getvalue(), trace
 
 
@@ -101,7 +101,7 @@ def test_each_tag_has_a_complete_config(entry):
     assert cfg.input_size == (3, size, size) and cfg.pool_size == (size // 32, size // 32)
     assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes) == (0.875, 'bilinear', 1000)
     assert cfg.mean == (0.485, 0.456, 0.406) and cfg.std == (0.229, 0.224, 0.225)
-    assert (cfg.first_conv, cfg.classifier) == ('conv_stem.conv', 'classifier')
+    assert (cfg.first_conv, cfg.classifier) == ('conv_stem.0', 'classifier')
     assert (cfg.license, cfg.paper_ids) == ('apache-2.0', 'arXiv:1908.03888')
     assert cfg.paper_name and cfg.origin_url == 'https://github.com/d-li14/HBONet'
 
@@ -192,12 +192,12 @@ def test_repository_with_only_a_pickled_state_dict(server, tmp_path):
 
 
 @pytest.mark.parametrize('key, change', [
-    ('blocks.2.0.conv_dw.conv.weight', None),
-    ('blocks.2.0.conv_dw.conv.weight', torch.zeros(7, 1, 3, 3)),
+    ('blocks.2.0.conv.5.weight', None),
+    ('blocks.2.0.conv.5.weight', torch.zeros(7, 1, 3, 3)),
     ('surprise.weight', torch.zeros(1)),
     ('classifier.bias', None),
     ('classifier.weight', torch.zeros(10, 1600)),
-    ('conv_stem.conv.weight', torch.zeros(4, 1, 3, 3)),
+    ('conv_stem.0.weight', torch.zeros(4, 1, 3, 3)),
 ], ids=['missing', 'shape', 'extra', 'no classifier', 'classes', 'channels'])
 @pytest.mark.parametrize('source', ['', 'hf-hub:timm/'], ids=['tag', 'hf-hub'])
 def test_tensors_on_the_hub_that_do_not_fit(source, key, change, server, tmp_path):
@@ -232,12 +232,12 @@ def test_malicious_pickle_on_the_hub_does_not_run(server, tmp_path):
 
 def test_other_numbers_of_input_channels_and_classes(server, tmp_path):
     publish(server, tmp_path / 'model')
-    stem = create(cache_dir=tmp_path).conv_stem.conv.weight
+    stem = create(cache_dir=tmp_path).conv_stem[0].weight
     model = create(cache_dir=tmp_path, in_chans=1, num_classes=10)
-    torch.testing.assert_close(model.conv_stem.conv.weight, stem.sum(1, keepdim=True))
+    torch.testing.assert_close(model.conv_stem[0].weight, stem.sum(1, keepdim=True))
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
     model = create(cache_dir=tmp_path, in_chans=4, num_classes=0)
-    torch.testing.assert_close(model.conv_stem.conv.weight, torch.cat([stem, stem[:, :1]], 1) * 3 / 4)
+    torch.testing.assert_close(model.conv_stem[0].weight, torch.cat([stem, stem[:, :1]], 1) * 3 / 4)
     assert model(torch.zeros(1, 4, 64, 64)).shape == (1, 1600)
 
 

@@ -256,8 +256,8 @@ def test_detector_takes_any_backbone_of_stride_32(name):
 
 def test_backbone_starts_from_pretrained_weights(server):
     model = train_voc.create_detector('hbonet_010', 96, pretrained=True)
-    expected = timm.create_model('hbonet_010', pretrained=True).conv_stem.conv.weight
-    torch.testing.assert_close(dict(model.backbone.features.named_parameters())['conv_stem.conv.weight'], expected)
+    expected = timm.create_model('hbonet_010', pretrained=True).conv_stem[0].weight
+    torch.testing.assert_close(dict(model.backbone.features.named_parameters())['conv_stem.0.weight'], expected)
 
 
 def bad_split(root: Path) -> str:

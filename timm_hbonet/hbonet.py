@@ -9,6 +9,7 @@ Weights and protocols: https://github.com/d-li14/HBONet
 """
 import copy
 import math
+import re
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -17,12 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ConvNormAct,
     DropPath,
     LayerType,
     calculate_drop_path_rates,
+    create_act_layer,
     create_classifier,
-    get_norm_act_layer,
     get_norm_layer,
     make_divisible,
 )
@@ -39,20 +39,51 @@ from .releases import RELEASES
 __all__ = ['HBONet']
 
 
-def _fold_norm(conv: nn.Module, bn: nn.Module) -> None:
-    # a depthwise transposed convolution has its output channels first too
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+def _conv_norm_act(
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        apply_act: bool = True,
+        act_layer: LayerType = nn.ReLU6,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+) -> List[nn.Module]:
+    dd = {'device': device, 'dtype': dtype}
+    padding = dilation * (kernel_size // 2)
+    layers = [
+        nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd),
+        get_norm_layer(norm_layer)(out_chs, **dd),
+    ]
+    if apply_act:
+        layers += [create_act_layer(act_layer, inplace=True)]
+    return layers
 
 
-class RepConvNormAct(ConvNormAct):
-    """Convolution, norm and activation, whose norm `timm.models.reparameterize_model` folds into the convolution."""
+class RepSequential(nn.ModuleList):
+    """Layers in sequence, of which `timm.models.reparameterize_model` folds norms into the convolutions before them.
+
+    Not an `nn.Sequential`, which `features_only=True` would take apart. Layers are not grouped further, in modules that
+    would hold on to their input until they are done.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
 
     def reparameterize(self) -> None:
-        """Fold the norm, from its running statistics. A model without its norms is for inference."""
-        if getattr(self.bn, 'running_mean', None) is not None:
-            _fold_norm(self.conv, self.bn)
-            self.bn = self.bn.act
+        """Fold the norms, with their running statistics. A model without its norms is for inference."""
+        for i in reversed(range(1, len(self))):
+            conv, norm = self[i - 1], self[i]
+            if getattr(norm, 'running_mean', None) is not None:
+                # a depthwise transposed convolution has its output channels first too
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                del self[i]
 
 
 class InvertedResidual(nn.Module):
@@ -79,16 +110,15 @@ class InvertedResidual(nn.Module):
         mid_chs = round(in_chs * exp_ratio)
         self.has_skip = stride == 1 and in_chs == out_chs
 
-        self.conv_pw = RepConvNormAct(in_chs, mid_chs, 1, **kwargs) if exp_ratio != 1 else nn.Identity()
-        self.conv_dw = RepConvNormAct(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs, **kwargs)
-        self.conv_pwl = RepConvNormAct(mid_chs, out_chs, 1, apply_act=False, **kwargs)
+        self.conv = RepSequential(
+            (_conv_norm_act(in_chs, mid_chs, 1, **kwargs) if exp_ratio != 1 else [])
+            + _conv_norm_act(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs, **kwargs)
+            + _conv_norm_act(mid_chs, out_chs, 1, apply_act=False, **kwargs))
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = self.conv_pw(x)
-        x = self.conv_dw(x)
-        x = self.conv_pwl(x)
+        x = self.conv(x)
         if self.has_skip:
             x = self.drop_path(x) + shortcut
         return x
@@ -124,23 +154,18 @@ class SpatialExpansion(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.mode = mode
+        self.conv = None
         if mode == 'deconv':
-            self.conv = nn.ConvTranspose2d(
-                chs, chs, 2 * stride, stride=stride, padding=stride // 2, groups=chs, bias=False, **dd)
-            self.bn = get_norm_act_layer(norm_layer)(chs, apply_act=False, **dd)
-        else:
-            self.conv = None
+            self.conv = RepSequential([
+                nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd),
+                get_norm_layer(norm_layer)(chs, **dd),
+            ])
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
         if self.conv is None:
             return F.interpolate(x, size=size, mode=self.mode)
         # the strided convolutions round sizes up, so that the transposed one can exceed the size
-        return self.bn(self.conv(x)[:, :, :size[0], :size[1]])
-
-    def reparameterize(self) -> None:
-        if self.conv is not None and getattr(self.bn, 'running_mean', None) is not None:
-            _fold_norm(self.conv, self.bn)
-            self.bn = nn.Identity()
+        return self.conv(x)[:, :, :size[0], :size[1]]
 
 
 def _keep_gradient_dense(x: torch.Tensor) -> None:
@@ -189,36 +214,33 @@ class HarmoniousBottleneck(nn.Module):
                 f'A harmonious bottleneck of {out_chs} channels passes {self.pass_chs} channels of its input through, '
                 f'but its input has {in_chs}. Use a larger `width` or a smaller `divisor`.')
 
-        contract = []
+        conv = []
         for i in range(int(math.log2(rate))):
             chs = mid_chs if i else in_chs
-            contract += [
-                RepConvNormAct(chs, chs, 5, 2, groups=chs, apply_act=False, **kwargs),
-                RepConvNormAct(chs, mid_chs, 1, **kwargs),
-            ]
-        self.contract = nn.Sequential(*contract)
-        self.contract_added = self.contract_passed = None
+            conv += _conv_norm_act(chs, chs, 5, 2, groups=chs, apply_act=False, **kwargs)
+            conv += _conv_norm_act(chs, mid_chs, 1, **kwargs)
         # the release activates here at rate 2 only
-        self.conv_dw = RepConvNormAct(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
-        self.conv_pwl = RepConvNormAct(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
-
+        conv += _conv_norm_act(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
+        conv += _conv_norm_act(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
+        self.conv = RepSequential(conv)
+        self.conv_added = self.conv_passed = None
         self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         if rate > stride:
             self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
             self.expand = SpatialExpansion(
                 self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
-            self.conv_out = RepConvNormAct(
-                self.main_chs, self.main_chs, 5, groups=self.main_chs, apply_act=False, **kwargs)
+            self.upconv = RepSequential(
+                _conv_norm_act(self.main_chs, self.main_chs, 5, groups=self.main_chs, apply_act=False, **kwargs))
         else:
             self.expand = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        halves = [x] if self.contract_added is None else list(x.split([self.main_chs, self.pass_chs], dim=1))
+        halves = [x] if self.conv_added is None else list(x.split([self.main_chs, self.pass_chs], dim=1))
         return torch.cat(self.forward_halves(halves), dim=1)
 
     def forward_halves(self, halves: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Forward from the whole input, or from its halves after `split_contract()`, to the halves of the output."""
-        if self.contract_added is None:
+        """Forward from the whole input, or from its halves after `split_conv()`, to the halves of the output."""
+        if self.conv_added is None:
             x = halves[0]
             if not torch.jit.is_scripting():
                 _keep_gradient_dense(x)
@@ -230,32 +252,30 @@ class HarmoniousBottleneck(nn.Module):
                 added, passed = shortcut[:, :self.main_chs], shortcut[:, -self.pass_chs:]
         else:
             added, passed = halves
-            x = torch.cat([self.contract_added(added), self.contract_passed(passed)], dim=1)
-        x = self.contract(x)
-        x = self.conv_dw(x)
-        x = self.conv_pwl(x)
+            x = torch.cat([self.conv_added(added), self.conv_passed(passed)], dim=1)
+        x = self.conv(x)
         if self.expand is not None:
             x = self.expand(self.drop_path(x), added.shape[-2:])
             x += added
-            x = self.conv_out(x)
+            x = self.upconv(x)
         if not torch.jit.is_scripting():
             _keep_gradient_dense(x)
         return [passed, x]
 
-    def split_contract(self) -> None:
-        """Split the first convolution into those of the two halves of the input. Only for inference."""
-        if self.contract_added is not None:
+    def split_conv(self) -> None:
+        """Split the first convolution into those of the two halves of the input. Only for inference, and stride 1."""
+        if self.conv_added is not None:
             return
-        self.contract[0].reparameterize()
-        conv = self.contract[0].conv
+        self.conv.reparameterize()
+        conv = self.conv[0]
         if conv.bias is None or self.main_chs != self.pass_chs:
             return  # its norm is no batch norm, or the halves of input and output differ
         convs = copy.deepcopy(conv), conv
-        for half, weight, bias in zip(convs, conv.weight.chunk(2), conv.bias.chunk(2)):
+        for half, weight, bias in zip(convs, conv.weight.chunk(2), conv.bias.chunk(2), strict=True):
             half.weight, half.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
             half.in_channels = half.out_channels = half.groups = len(bias)
-        self.contract_added, self.contract_passed = convs
-        self.contract = self.contract[1:]
+        self.conv_added, self.conv_passed = convs
+        del self.conv[0]
 
 
 class HarmoniousStage(nn.Sequential):
@@ -281,8 +301,8 @@ class HarmoniousStage(nn.Sequential):
 
     def reparameterize(self) -> None:
         for block in self[1:]:
-            block.split_contract()
-        self.keeps_halves = all(block.contract_added is not None for block in self[1:])
+            block.split_conv()
+        self.keeps_halves = all(block.conv_added is not None for block in self[1:])
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block
@@ -370,7 +390,7 @@ class HBONet(nn.Module):
         round_chs = partial(make_divisible, divisor=divisor)
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         prev_chs = round_chs(32 * width)
-        self.conv_stem = RepConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
+        self.conv_stem = RepSequential(_conv_norm_act(in_chans, prev_chs, 3, 2, **kwargs))
 
         stages = []
         self.feature_info = []
@@ -411,7 +431,7 @@ class HBONet(nn.Module):
                         **kwargs,
                     )]
                 else:
-                    blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
+                    blocks += [RepSequential(_conv_norm_act(prev_chs, out_chs, 1, apply_act=False, **kwargs))]
                 prev_chs = out_chs
                 dilation = next_dilation
             stages += [HarmoniousStage(*blocks) if block_type == 'hbo' else nn.Sequential(*blocks)]
@@ -421,7 +441,7 @@ class HBONet(nn.Module):
 
         # Head + Pooling
         self.num_features = round_chs(1600 * max(width, 1.0))
-        self.conv_head = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
+        self.conv_head = RepSequential(_conv_norm_act(prev_chs, self.num_features, 1, **kwargs))
         self.global_pool, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -577,7 +597,7 @@ class HBONet(nn.Module):
 
 
 def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[str, Any]:
-    """Rename the tensors of the release's layout, which numbers the layers of a block, activations too."""
+    """Rename the tensors of the release's layout, which numbers the blocks through."""
     if 'features.0.0.weight' not in state_dict:
         return state_dict
     if model.spatial_expansion != 'nearest':
@@ -585,22 +605,11 @@ def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[st
             f"The released weights are for `spatial_expansion='nearest'`, got {model.spatial_expansion!r}. "
             f'Use that, or train this model from scratch.')
 
-    names = {}
     blocks = [f'blocks.{i}.{j}' for i, stage in enumerate(model.blocks) for j in range(len(stage))]
-    for i, block_name in enumerate(['conv_stem', *blocks, 'conv_head']):
-        block = model.get_submodule(block_name)
-        prefix, index = f'features.{i}' if isinstance(block, RepConvNormAct) else f'features.{i}.conv', 0
-        for name, module in block.named_modules(prefix=block_name):
-            if isinstance(module, RepConvNormAct):
-                if name == 'conv_head':
-                    prefix = 'conv'
-                elif name.endswith('.conv_out'):
-                    prefix, index = f'features.{i}.upconv', 0
-                names[f'{prefix}.{index}.'] = f'{name}.conv.'
-                names[f'{prefix}.{index + 1}.'] = f'{name}.bn.'
-                index += 2 if isinstance(getattr(module.bn, 'act', module.bn), nn.Identity) else 3
-    prefixes = {k: k[:k.rfind('.') + 1] for k in state_dict}
-    return {names.get(p, p) + k[len(p):]: state_dict[k] for k, p in prefixes.items()}
+    names = {f'features.{i}': name for i, name in enumerate(['conv_stem', *blocks])}
+    names['conv'] = 'conv_head'
+    prefix = re.compile(r'^(features\.\d+|conv)(?=\.)')
+    return {prefix.sub(lambda match: names.get(match[0], match[0]), k): v for k, v in state_dict.items()}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -620,7 +629,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     state_dict = dict(_convert_release(state_dict, model))
     # not left to load_state_dict(): timm makes it lenient where it replaces the classifier
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith('.num_batches_tracked')}
-    adapted = ('conv_stem.conv.weight', 'classifier.weight', 'classifier.bias')
+    adapted = ('conv_stem.0.weight', 'classifier.weight', 'classifier.bias')
     problems = [f'{k!r} is missing' for k in expected if k not in state_dict and k not in adapted]
     for k, v in state_dict.items():
         if k in adapted or k.endswith('.num_batches_tracked'):
@@ -644,7 +653,7 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
+        'first_conv': 'conv_stem.0', 'classifier': 'classifier',
         'paper_ids': 'arXiv:1908.03888',
         'paper_name': 'HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions',
         'origin_url': 'https://github.com/d-li14/HBONet', 'license': 'apache-2.0',
