@@ -273,10 +273,10 @@ def test_growth_is_timed_by_batch_and_image_size(benchmark, run, monkeypatch, tm
 def test_compiled_models_of_one_class_do_not_evict_each_other(run, monkeypatch, tmp_path):
     # a backend that needs no compiler; where the limit is hit, a whole graph is refused
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 1)
-    assert run(
-        tmp_path, '--models', 'hbonet_010', 'hbonet_025', '--modes', 'compiled', '--batch-sizes', 1, '--rounds', 1,
-        '--no-growth') == 0
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert run(
+            tmp_path, '--models', 'hbonet_010', 'hbonet_025', '--modes', 'compiled', '--batch-sizes', 1, '--rounds', 1,
+            '--no-growth') == 0
 
 
 def test_a_failure_does_not_cost_the_other_results(benchmark, run, monkeypatch, tmp_path):
