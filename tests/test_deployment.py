@@ -100,7 +100,10 @@ def test_onnx_of_fixed_shape_has_only_layers(name, folder):
         session = onnxruntime.InferenceSession(f'{key}.onnx')
         logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
         assert_equal_to(logits, model(image), 1e-3)  # random weights amplify rounding where rates are 4 and 8
-        nodes[key] = collections.Counter(node.op_type for node in onnx.load(f'{key}.onnx').graph.node)
+        graph = onnx.load(f'{key}.onnx').graph
+        nodes[key] = collections.Counter(node.op_type for node in graph.node)
+        # with which ONNX Runtime pools slowly
+        assert not [a for node in graph.node for a in node.attribute if a.name == 'ceil_mode' and a.i]
     layers = {
         'Add', 'AveragePool', 'Clip', 'Concat', 'Conv', 'Gemm', 'ReduceMean', 'Reshape', 'Resize', 'Slice', 'Split'}
     assert set(nodes['model']) <= layers and set(nodes['fused']) <= layers

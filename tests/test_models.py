@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_hbonet import HBONet
-from timm_hbonet.hbonet import HarmoniousBottleneck
+from timm_hbonet.hbonet import HarmoniousBottleneck, RepSequential
 
 REDUCTIONS = [2, 4, 8, 16, 32]
 # of stages 2, 3, 4, 7 and 9
@@ -282,6 +282,29 @@ def test_compile_has_no_graph_break(name):
         torch.testing.assert_close(compiled(image), model(image))
 
 
+def test_compiled_training_has_no_graph_break():
+    image, gradients = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    for compile_model in (lambda model: model, functools.partial(torch.compile, fullgraph=True, backend='aot_eager')):
+        model = released('hbonet_010', torch.float64).train()
+        compile_model(model)(image).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_gradients_that_reach_batch_norm_are_dense(memory_format):
+    model = timm.create_model('hbonet_025_4x_d8').to(memory_format=memory_format)
+    dense = []
+    for module in model.modules():
+        # others are followed by an activation, whose gradient is dense
+        if isinstance(module, RepSequential) and isinstance(module[-1], nn.BatchNorm2d):
+            module[-1].register_full_backward_pre_hook(
+                lambda _, gradient: dense.append(gradient[0].is_contiguous(memory_format=memory_format)))
+    model(torch.randn(2, 3, 96, 64).to(memory_format=memory_format)).sum().backward()
+    assert len(dense) == 30 and all(dense)
+
+
 @pytest.mark.parametrize('name', RATES)
 def test_export_of_dynamic_batch_and_size(name):
     model = released(name)
@@ -351,6 +374,28 @@ def test_reparameterised_features_and_state_dict(spatial_expansion):
     other = reparameterize_model(create_model(features_only=True), inplace=True).eval()
     other.load_state_dict(fused.state_dict())
     assert all(map(torch.equal, other(image), fused(image)))
+
+
+def test_reparameterised_stage_in_parts():
+    model = released('hbonet_050', torch.float64)
+    fused = reparameterize_model(model)
+    image = torch.randn(1, 3, 65, 64, dtype=torch.float64)
+    torch.testing.assert_close(reparameterize_model(fused)(image), model(image))
+    torch.testing.assert_close(torch.jit.script(fused)(image), model(image))
+    for stage, fused_stage in zip(model.blocks[:6], fused.blocks[:6], strict=True):
+        image = torch.randn(1, next(stage.parameters()).shape[0], 33, 32, dtype=torch.float64)
+        torch.testing.assert_close(fused_stage[:2](image), stage[:2](image))
+        for block, fused_block in zip(stage, fused_stage, strict=True):
+            expected = block(image)
+            torch.testing.assert_close(fused_block(image), expected)
+            image = expected
+
+
+def test_reparameterised_odd_widths_and_other_norms():
+    for kwargs in (dict(width=0.77, divisor=1), dict(norm_layer='groupnorm1')):
+        model = timm.create_model('hbonet_100', **kwargs, dtype=torch.float64).eval()
+        image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        torch.testing.assert_close(reparameterize_model(model)(image), model(image))
 
 
 @pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d, lambda model: model])
