@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from reference import ARCHITECTURES, release_state_dict
-from timm.layers import DropPath, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
@@ -297,7 +297,7 @@ def test_gradients_that_reach_batch_norm_are_dense(memory_format):
     model = timm.create_model('hbonet_025_4x_d8').to(memory_format=memory_format)
     dense = []
     for module in model.modules():
-        # others are followed by an activation, whose gradient is dense
+        # others are followed by an activation: its gradient is dense, and a hook cannot be before what is done in place
         if isinstance(module, RepSequential) and isinstance(module[-1], nn.BatchNorm2d):
             module[-1].register_full_backward_pre_hook(
                 lambda _, gradient: dense.append(gradient[0].is_contiguous(memory_format=memory_format)))
@@ -391,11 +391,33 @@ def test_reparameterised_stage_in_parts():
             image = expected
 
 
-def test_reparameterised_odd_widths_and_other_norms():
-    for kwargs in (dict(width=0.77, divisor=1), dict(norm_layer='groupnorm1')):
-        model = timm.create_model('hbonet_100', **kwargs, dtype=torch.float64).eval()
-        image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-        torch.testing.assert_close(reparameterize_model(model)(image), model(image))
+@pytest.mark.parametrize('kwargs', [
+    dict(width=0.77, divisor=1), dict(norm_layer='groupnorm1'), dict(norm_layer=BatchNormAct2d), dict(act_layer='')])
+def test_reparameterised_odd_widths_and_other_layers(kwargs):
+    model = timm.create_model('hbonet_100', **kwargs, dtype=torch.float64)
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model(image).sum().backward()
+    assert sum(isinstance(m, nn.ReLU6) for m in model.modules()) == (0 if 'act_layer' in kwargs else 35)
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+    model.eval()
+    torch.testing.assert_close(reparameterize_model(model)(image), model(image))
+
+
+def test_reparameterised_model_stays_frozen_and_can_be_cut():
+    model = released('hbonet_010').requires_grad_(False)
+    fused = reparameterize_model(model)
+    assert not any(p.requires_grad for p in fused.parameters())
+    del fused.blocks[2][0], model.blocks[2][0]
+    features = torch.randn(1, 8, 16, 16)
+    torch.testing.assert_close(fused.blocks[2](features), model.blocks[2](features))
+    model.blocks[3][1] = nn.Identity()
+    torch.testing.assert_close(reparameterize_model(model).blocks[3](features), model.blocks[3](features))
+
+
+def test_blocks_leave_no_hook_on_their_input():
+    features = torch.randn(1, 4, 16, 16, requires_grad=True) * 1
+    timm.create_model('hbonet_010').blocks[2](features).sum().backward()
+    assert not features._backward_hooks
 
 
 @pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d, lambda model: model])

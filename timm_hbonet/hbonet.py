@@ -39,6 +39,13 @@ from .releases import RELEASES
 __all__ = ['HBONet']
 
 
+def _create_norm(norm_layer: LayerType, chs: int, **dd: Any) -> nn.Module:
+    norm = get_norm_layer(norm_layer)(chs, **dd)
+    if hasattr(norm, 'act'):
+        norm.act = nn.Identity()  # activations are layers of their own here
+    return norm
+
+
 def _conv_norm_act(
         in_chs: int,
         out_chs: int,
@@ -56,10 +63,10 @@ def _conv_norm_act(
     padding = dilation * (kernel_size // 2)
     layers = [
         nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd),
-        get_norm_layer(norm_layer)(out_chs, **dd),
+        _create_norm(norm_layer, out_chs, **dd),
     ]
     if apply_act:
-        layers += [create_act_layer(act_layer, inplace=True)]
+        layers += [create_act_layer(act_layer, inplace=True) or nn.Identity()]
     return layers
 
 
@@ -158,7 +165,7 @@ class SpatialExpansion(nn.Module):
         if mode == 'deconv':
             self.conv = RepSequential([
                 nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd),
-                get_norm_layer(norm_layer)(chs, **dd),
+                _create_norm(norm_layer, chs, **dd),
             ])
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
@@ -168,13 +175,16 @@ class SpatialExpansion(nn.Module):
         return self.conv(x)[:, :, :size[0], :size[1]]
 
 
-def _keep_gradient_dense(x: torch.Tensor) -> None:
+def _keep_gradient_dense(x: torch.Tensor) -> torch.Tensor:
     # behind a slice or a concatenation, the gradient is a view or in another memory format, with which batch norm's
     # backward is several times slower on CPU
-    if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor) and x.grad_fn is not None:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor)
+    if not traced and x.grad_fn is not None:
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = x.view_as(x)  # a hook on the caller's own tensor would stay there
         x.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
+    return x
 
 
 class HarmoniousBottleneck(nn.Module):
@@ -235,15 +245,14 @@ class HarmoniousBottleneck(nn.Module):
             self.expand = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        halves = [x] if self.conv_added is None else list(x.split([self.main_chs, self.pass_chs], dim=1))
-        return torch.cat(self.forward_halves(halves), dim=1)
+        return torch.cat(self.forward_halves([x]), dim=1)
 
     def forward_halves(self, halves: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Forward from the whole input, or from its halves after `split_conv()`, to the halves of the output."""
+        """Forward from the input, whole or after `split_conv()` in halves, to the halves of the output."""
         if self.conv_added is None:
             x = halves[0]
             if not torch.jit.is_scripting():
-                _keep_gradient_dense(x)
+                x = _keep_gradient_dense(x)
             shortcut = self.pool(x)
             if self.same_chs:
                 # the gradient of a split is one concatenation, those of two slices are added up at full size
@@ -251,6 +260,8 @@ class HarmoniousBottleneck(nn.Module):
             else:
                 added, passed = shortcut[:, :self.main_chs], shortcut[:, -self.pass_chs:]
         else:
+            if len(halves) == 1:
+                halves = list(halves[0].split([self.main_chs, self.pass_chs], dim=1))
             added, passed = halves
             x = torch.cat([self.conv_added(added), self.conv_passed(passed)], dim=1)
         x = self.conv(x)
@@ -259,7 +270,7 @@ class HarmoniousBottleneck(nn.Module):
             x += added
             x = self.upconv(x)
         if not torch.jit.is_scripting():
-            _keep_gradient_dense(x)
+            x = _keep_gradient_dense(x)
         return [passed, x]
 
     def split_conv(self) -> None:
@@ -272,7 +283,8 @@ class HarmoniousBottleneck(nn.Module):
             return  # its norm is no batch norm, or the halves of input and output differ
         convs = copy.deepcopy(conv), conv
         for half, weight, bias in zip(convs, conv.weight.chunk(2), conv.bias.chunk(2), strict=True):
-            half.weight, half.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+            half.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            half.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
             half.in_channels = half.out_channels = half.groups = len(bias)
         self.conv_added, self.conv_passed = convs
         del self.conv[0]
@@ -300,9 +312,10 @@ class HarmoniousStage(nn.Sequential):
         return torch.cat(halves, dim=1)
 
     def reparameterize(self) -> None:
-        for block in self[1:]:
-            block.split_conv()
-        self.keeps_halves = all(block.conv_added is not None for block in self[1:])
+        if all(isinstance(block, HarmoniousBottleneck) for block in self):
+            for block in self[1:]:
+                block.split_conv()
+            self.keeps_halves = all(block.conv_added is not None for block in self[1:])
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block

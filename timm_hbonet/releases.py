@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Union
 
 __all__ = ['COMMIT', 'RELEASES', 'REPOSITORY', 'Release']
 
@@ -21,30 +21,17 @@ if not re.fullmatch(r'[\w.-]+(@[^@\s]+)?', _NAMESPACE):
 
 
 class Release(NamedTuple):
-    """A released checkpoint.
-
-    Attributes:
-        name: Name in timm, architecture and tag.
-        path: Path in the authors' repository.
-        git_blob: Git blob id of the file, SHA-1 of its size and content in hex.
-        input_size: Height and width of the images that it was trained and scored on.
-        top1: Published top-1 accuracy on ImageNet-1k validation in percent, of a single centre crop.
-        top5: Published top-5 accuracy in percent.
-        published_mflops: Published multiply-adds in millions.
-        macs: Multiply-adds of convolutions and classifier, computed from the architecture.
-        table: Table of the paper.
-        sha384: SHA-384 of the file in hex, where a second party has published it.
-    """
-    name: str
-    path: str
-    git_blob: str
-    input_size: int
-    top1: float
+    """A released checkpoint."""
+    name: str  # in timm, architecture and tag
+    path: str  # in the authors' repository
+    git_blob: str  # git blob id of the file, SHA-1 of its size and content in hex
+    input_size: int  # height and width of the images that it was trained and scored on
+    top1: float  # published accuracy on ImageNet-1k validation in percent, of a single centre crop
     top5: float
-    published_mflops: int
-    macs: int
-    table: str
-    sha384: Optional[str] = None
+    published_mflops: int  # published multiply-adds in millions
+    macs: int  # multiply-adds of convolutions and classifier, computed from the architecture
+    table: str  # of the paper
+    sha384: Optional[str] = None  # SHA-384 of the file in hex, where a second party has published it
 
     @property
     def url(self) -> str:
@@ -61,32 +48,23 @@ class Release(NamedTuple):
         Raises:
             ValueError: If a digest differs.
         """
-        git_blob = hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
-        sha384 = hashlib.sha384()
-        with open(path, 'rb') as f:
-            while chunk := f.read(1 << 20):
-                git_blob.update(chunk)
-                sha384.update(chunk)
+        content = Path(path).read_bytes()
         for digest, found, expected in (
-                ('git blob id', git_blob.hexdigest(), self.git_blob),
-                ('SHA-384', sha384.hexdigest(), self.sha384),
+                ('git blob id', hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), self.git_blob),
+                ('SHA-384', hashlib.sha384(content).hexdigest(), self.sha384),
         ):
             if expected and found != expected:
                 raise ValueError(f'the {digest} is {found}, but that of {self.name} is {expected}')
 
 
-def _read_table(path: Path) -> Tuple[str, str, Tuple[Release, ...]]:
-    try:
-        table = json.loads(path.read_text(encoding='utf-8'))
-        releases = tuple(
-            Release(**{k: v for k, v in dict(entry, macs=entry['computed_macs']).items() if k in Release._fields})
-            for entry in table['checkpoints'])
-        return table['repository'], table['commit'], releases
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f'{path} cannot be used as a table of releases. {type(e).__name__}: {e}. TIMM_HBONET_RELEASES must be the '
-            f"path of a JSON file with 'repository', 'commit' and 'checkpoints'.") from e
-
-
-REPOSITORY, COMMIT, RELEASES = _read_table(
-    Path(os.environ.get('TIMM_HBONET_RELEASES') or Path(__file__).with_name('releases.json')))
+_path = Path(os.environ.get('TIMM_HBONET_RELEASES') or Path(__file__).with_name('releases.json'))
+try:
+    _table = json.loads(_path.read_text(encoding='utf-8'))
+    REPOSITORY, COMMIT = _table['repository'], _table['commit']
+    RELEASES = tuple(
+        Release(macs=entry['computed_macs'], **{k: v for k, v in entry.items() if k in Release._fields})
+        for entry in _table['checkpoints'])
+except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(
+        f'{_path} cannot be used as a table of releases. {type(e).__name__}: {e}. TIMM_HBONET_RELEASES must be the '
+        f"path of a JSON file with 'repository', 'commit' and 'checkpoints'.") from e
