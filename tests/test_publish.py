@@ -190,7 +190,8 @@ def test_usage_in_the_card_runs_as_written(dry_run, name, tmp_path, monkeypatch,
 
 
 def test_all_models_are_published_and_load_from_there(dry_run, server: HubServer, run_python, tmp_path):
-    result = publish()
+    cache = {'TORCH_HOME': str(tmp_path / 'cache')}  # other tests fill the common one
+    result = publish(**cache)
     assert result.returncode == 0, result.stderr
     for name in NAMES:
         published = server.files(f'org/{name}')
@@ -211,7 +212,7 @@ def test_all_models_are_published_and_load_from_there(dry_run, server: HubServer
     # again, there is nothing to do
     before = len(server.requests)
     names = NAMES[-3:]
-    result = publish('--only', *names)
+    result = publish('--only', *names, **cache)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ''.join(f'org/{name}: is up to date\n' for name in names)
     requests = [(r.method, r.path) for r in server.requests[before:]]

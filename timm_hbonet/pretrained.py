@@ -24,8 +24,8 @@ _logger = logging.getLogger(__name__)
 def build_model_with_cfg(model_cls: Type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a model as `timm.models.build_model_with_cfg` does, with published weights that fall back to the release.
 
-    Arguments are those of timm's function. Weights from anywhere else than the registered pretrained cfgs load as timm
-    loads them.
+    Keyword arguments are those of timm's function. Weights from anywhere else than the registered pretrained cfgs load
+    as timm loads them.
 
     Raises:
         ValueError: If published weights are asked for a `spatial_expansion` that they were not trained with.

@@ -26,8 +26,8 @@ class Release(NamedTuple):
     path: str  # in the authors' repository
     git_blob: str  # git blob id of the file, SHA-1 of its size and content in hex
     input_size: int  # height and width of the images that it was trained and scored on
-    top1: float  # published accuracy on ImageNet-1k validation in percent, of a single centre crop
-    top5: float
+    top1: float  # published top-1 accuracy on ImageNet-1k validation in percent, of a single centre crop
+    top5: float  # published top-5 accuracy in percent
     published_mflops: int  # published multiply-adds in millions
     macs: int  # multiply-adds of convolutions and classifier, computed from the architecture
     table: str  # of the paper
