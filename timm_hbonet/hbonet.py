@@ -424,25 +424,11 @@ class HBONet(nn.Module):
                 drop_path = next(drop_path_rates)
                 if block_type == 'ir':
                     blocks += [InvertedResidual(
-                        prev_chs,
-                        out_chs,
-                        stride=block_stride,
-                        dilation=dilation,
-                        exp_ratio=exp_ratio,
-                        drop_path=drop_path,
-                        **kwargs,
-                    )]
+                        prev_chs, out_chs, block_stride, dilation, exp_ratio, drop_path=drop_path, **kwargs)]
                 elif block_type == 'hbo':
                     blocks += [HarmoniousBottleneck(
-                        prev_chs,
-                        out_chs,
-                        stride=block_stride,
-                        rate=rate,
-                        exp_ratio=exp_ratio,
-                        spatial_expansion=spatial_expansion,
-                        drop_path=drop_path,
-                        **kwargs,
-                    )]
+                        prev_chs, out_chs, block_stride, rate, exp_ratio, spatial_expansion, drop_path=drop_path,
+                        **kwargs)]
                 else:
                     blocks += [RepSequential(_conv_norm_act(prev_chs, out_chs, 1, apply_act=False, **kwargs))]
                 prev_chs = out_chs
