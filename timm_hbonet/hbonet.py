@@ -71,7 +71,7 @@ def _conv_norm_act(
 
 
 class RepSequential(nn.ModuleList):
-    """Layers in sequence, of which `timm.models.reparameterize_model` folds norms into the convolutions before them.
+    """Layers in sequence, of which `timm.utils.reparameterize_model` folds norms into the convolutions before them.
 
     Not an `nn.Sequential`, which `features_only=True` would take apart. Layers are not grouped further, in modules that
     would hold on to their input until they are done.
@@ -293,7 +293,7 @@ class HarmoniousBottleneck(nn.Module):
 class HarmoniousStage(nn.Sequential):
     """Stage of harmonious bottlenecks.
 
-    `timm.models.reparameterize_model` keeps the halves of its feature maps apart from the first block to the last, so
+    `timm.utils.reparameterize_model` keeps the halves of its feature maps apart from the first block to the last, so
     that the blocks between need no slices, and no concatenations at full size.
     """
 
