@@ -83,7 +83,7 @@ def test_onnx_and_int8(folder, model, fused, crops):
     page = run_page('int8', onnxruntime=onnxruntime, images=crops[:8], calibration_images=crops)
     weights = {i.data_type for i in onnx.load('hbonet_100_int8.onnx').graph.initializer if len(i.dims) == 4}
     assert onnx.TensorProto.INT8 in weights and onnx.TensorProto.FLOAT not in weights
-    # random weights amplify the error, which is 2 % of trained ones
+    # random weights amplify the error, which is 2 % with trained ones
     assert F.cosine_similarity(torch.from_numpy(page['logits']), model(crops[:8])).min() > 0.95
 
 
