@@ -131,7 +131,7 @@ def test_training_lowers_the_loss_and_finds_objects_in_unseen_images(trained):
     assert float(rows[-1]['eval_map_area']) > 0.5
     assert [r['epoch'] for r in rows if r['eval_map_area']] == ['19', '39']
     assert f'11-point {float(rows[-1]["eval_map_11point"]):.4f}' in score_line(trained['stdout'])
-    assert 'epoch 39: 100%' in trained['stderr']  # progress
+    assert 'epoch 39:   0%' in trained['stderr']  # progress; whether a bar is drawn at its end depends on the time
 
 
 def test_picture_shows_the_detections(trained, large_voc):
