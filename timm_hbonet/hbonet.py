@@ -5,11 +5,11 @@ expands it back, while half of the output channels are taken from the block's in
 
 Paper: `HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions` - https://arxiv.org/abs/1908.03888
 
-Weights and protocols: https://github.com/d-li14/HBONet
+Original implementation, weights and protocols, by the authors Duo Li, Aojun Zhou and Anbang Yao:
+https://github.com/d-li14/HBONet
 """
 import copy
 import math
-import re
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -18,19 +18,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    ConvNormAct,
     DropPath,
+    FrozenBatchNormAct2d,
     LayerType,
     calculate_drop_path_rates,
-    create_act_layer,
     create_classifier,
-    get_norm_layer,
     make_divisible,
 )
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
 from timm.models._helpers import clean_state_dict
-from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
+from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .pretrained import build_model_with_cfg
@@ -39,62 +39,29 @@ from .releases import RELEASES
 __all__ = ['HBONet']
 
 
-def _create_norm(norm_layer: LayerType, chs: int, **dd: Any) -> nn.Module:
-    norm = get_norm_layer(norm_layer)(chs, **dd)
-    if hasattr(norm, 'act'):
-        norm.act = nn.Identity()  # activations are layers of their own here
-    return norm
+class RepConvNormAct(ConvNormAct):
+    """Convolution, norm and activation, of which `timm.utils.reparameterize_model` folds the norm."""
 
+    def fuse(self) -> nn.Module:
+        """Fold the norm with its running statistics into the convolution, for inference.
 
-def _conv_norm_act(
-        in_chs: int,
-        out_chs: int,
-        kernel_size: int,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        apply_act: bool = True,
-        act_layer: LayerType = nn.ReLU6,
-        norm_layer: LayerType = nn.BatchNorm2d,
-        device=None,
-        dtype=None,
-) -> List[nn.Module]:
-    dd = {'device': device, 'dtype': dtype}
-    padding = dilation * (kernel_size // 2)
-    layers = [
-        nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd),
-        _create_norm(norm_layer, out_chs, **dd),
-    ]
-    if apply_act:
-        layers += [create_act_layer(act_layer, inplace=True) or nn.Identity()]
-    return layers
-
-
-class RepSequential(nn.ModuleList):
-    """Layers in sequence, of which `timm.utils.reparameterize_model` folds norms into the convolutions before them.
-
-    Not an `nn.Sequential`, which `features_only=True` would take apart. Layers are not grouped further, in modules that
-    would hold on to their input until they are done.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self:
-            x = layer(x)
-        return x
-
-    def reparameterize(self) -> None:
-        """Fold the norms, with their running statistics. A model without its norms is for inference."""
-        for i in reversed(range(1, len(self))):
-            conv, norm = self[i - 1], self[i]
-            if getattr(norm, 'running_mean', None) is not None:
-                # a depthwise transposed convolution has its output channels first too
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                del self[i]
+        Returns:
+            The convolution with its activation, or this module as it is if its norm is no batch norm with statistics.
+        """
+        norm = self.bn
+        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)) or norm.running_mean is None:
+            return self
+        conv = copy.deepcopy(self.conv)
+        # a depthwise transposed convolution has its output channels first too
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        return nn.Sequential(conv, getattr(norm, 'act', nn.Identity()))
 
 
 class InvertedResidual(nn.Module):
-    """Inverted residual block of MobileNet-V2. That of timm rounds the hidden width to a multiple of 8.
+    """Inverted residual block of MobileNet-V2.
+
+    Not timm's, which rounds the hidden width to a multiple of 8: `hbonet_025` has 300 hidden channels, not 304.
 
     Paper: `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
     """
@@ -105,7 +72,7 @@ class InvertedResidual(nn.Module):
             out_chs: int,
             stride: int = 1,
             dilation: int = 1,
-            exp_ratio: float = 1.0,
+            exp_ratio: int = 1,
             act_layer: LayerType = nn.ReLU6,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
@@ -113,37 +80,23 @@ class InvertedResidual(nn.Module):
             dtype=None,
     ):
         super().__init__()
-        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
-        mid_chs = round(in_chs * exp_ratio)
+        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        mid_chs = in_chs * exp_ratio
         self.has_skip = stride == 1 and in_chs == out_chs
 
-        self.conv = RepSequential(
-            (_conv_norm_act(in_chs, mid_chs, 1, **kwargs) if exp_ratio != 1 else [])
-            + _conv_norm_act(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs, **kwargs)
-            + _conv_norm_act(mid_chs, out_chs, 1, apply_act=False, **kwargs))
+        self.conv_pw = conv(in_chs, mid_chs, 1) if exp_ratio != 1 else nn.Identity()
+        self.conv_dw = conv(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs)
+        self.conv_pwl = conv(mid_chs, out_chs, 1, apply_act=False)
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = self.conv(x)
+        x = self.conv_pw(x)
+        x = self.conv_dw(x)
+        x = self.conv_pwl(x)
         if self.has_skip:
             x = self.drop_path(x) + shortcut
         return x
-
-
-class AvgPool2dCeil(nn.Module):
-    """2x2 average pooling that rounds sizes up, as the strided convolutions do."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ceil_mode = True
-        if not torch.jit.is_scripting():
-            size = x.shape[-2], x.shape[-1]
-            if any(isinstance(n, torch.SymInt) for n in size):
-                # the same without a branch on the size, which would limit an export of dynamic size
-                return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
-            # only where it matters: ONNX Runtime pools several times slower with it
-            ceil_mode = not all(isinstance(n, int) and n % 2 == 0 for n in size)
-        return F.avg_pool2d(x, 2, ceil_mode=ceil_mode)
 
 
 class SpatialExpansion(nn.Module):
@@ -160,31 +113,18 @@ class SpatialExpansion(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.stride = stride
         self.mode = mode
         self.conv = None
         if mode == 'deconv':
-            self.conv = RepSequential([
-                nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd),
-                _create_norm(norm_layer, chs, **dd),
-            ])
+            self.conv = RepConvNormAct(chs, chs, apply_act=False, norm_layer=norm_layer, **dd)
+            self.conv.conv = nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd)
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
         if self.conv is None:
             return F.interpolate(x, size=size, mode=self.mode)
         # the strided convolutions round sizes up, so that the transposed one can exceed the size
         return self.conv(x)[:, :, :size[0], :size[1]]
-
-
-def _keep_gradient_dense(x: torch.Tensor) -> torch.Tensor:
-    # behind a slice or a concatenation, the gradient is a view or in another memory format, with which batch norm's
-    # backward is several times slower on CPU
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor)
-    if not traced and x.grad_fn is not None:
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        x = x.view_as(x)  # a hook on the caller's own tensor would stay there
-        x.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
-    return x
 
 
 class HarmoniousBottleneck(nn.Module):
@@ -197,6 +137,7 @@ class HarmoniousBottleneck(nn.Module):
 
     Paper: figure 2 of HBONet.
     """
+    has_skip: Final[bool]
 
     def __init__(
             self,
@@ -214,108 +155,60 @@ class HarmoniousBottleneck(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, **dd)
         mid_chs = in_chs * exp_ratio
-        self.main_chs = out_chs // 2
-        self.pass_chs = out_chs - self.main_chs
-        self.same_chs = in_chs == out_chs
+        half_chs = out_chs // 2
+        self.rate = rate
+        self.half_chs = half_chs
+        self.pass_chs = out_chs - half_chs
+        self.has_skip = rate > stride
         if self.pass_chs > in_chs:
             raise ValueError(
                 f'A harmonious bottleneck of {out_chs} channels passes {self.pass_chs} channels of its input through, '
                 f'but its input has {in_chs}. Use a larger `width` or a smaller `divisor`.')
 
-        conv = []
-        for i in range(int(math.log2(rate))):
-            chs = mid_chs if i else in_chs
-            conv += _conv_norm_act(chs, chs, 5, 2, groups=chs, apply_act=False, **kwargs)
-            conv += _conv_norm_act(chs, mid_chs, 1, **kwargs)
-        # the release activates here at rate 2 only
-        conv += _conv_norm_act(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2, **kwargs)
-        conv += _conv_norm_act(mid_chs, self.main_chs, 1, apply_act=False, **kwargs)
-        self.conv = RepSequential(conv)
-        self.conv_added = self.conv_passed = None
-        self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
-        if rate > stride:
-            self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-            self.expand = SpatialExpansion(
-                self.main_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
-            self.upconv = RepSequential(
-                _conv_norm_act(self.main_chs, self.main_chs, 5, groups=self.main_chs, apply_act=False, **kwargs))
-        else:
-            self.expand = None
+        # Spatial contraction, with channel expansion
+        self.contract = nn.Sequential()
+        chs = in_chs
+        for i in range(1, int(math.log2(rate)) + 1):
+            self.contract.add_module(f'conv_dw{i}', conv(chs, chs, 5, 2, groups=chs, apply_act=False))
+            self.contract.add_module(f'conv_pw{i}', conv(chs, mid_chs, 1))
+            chs = mid_chs
+
+        # Channel contraction, the release activates before it at rate 2 only
+        self.conv_dw = conv(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2)
+        self.conv_pwl = conv(mid_chs, half_chs, 1, apply_act=False)
+
+        # Spatial expansion
+        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
+        if self.has_skip:
+            self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
+            self.conv_dw_end = conv(half_chs, half_chs, 5, groups=half_chs, apply_act=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.forward_halves([x]), dim=1)
-
-    def forward_halves(self, halves: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Forward from the input, whole or after `split_conv()` in halves, to the halves of the output."""
-        if self.conv_added is None:
-            x = halves[0]
-            if not torch.jit.is_scripting():
-                x = _keep_gradient_dense(x)
-            shortcut = self.pool(x)
-            if self.same_chs:
-                # the gradient of a split is one concatenation, those of two slices are added up at full size
-                added, passed = shortcut.split([self.main_chs, self.pass_chs], dim=1)
-            else:
-                added, passed = shortcut[:, :self.main_chs], shortcut[:, -self.pass_chs:]
-        else:
-            if len(halves) == 1:
-                halves = list(halves[0].split([self.main_chs, self.pass_chs], dim=1))
-            added, passed = halves
-            x = torch.cat([self.conv_added(added), self.conv_passed(passed)], dim=1)
-        x = self.conv(x)
-        if self.expand is not None:
-            x = self.expand(self.drop_path(x), added.shape[-2:])
-            x += added
-            x = self.upconv(x)
-        if not torch.jit.is_scripting():
-            x = _keep_gradient_dense(x)
-        return [passed, x]
-
-    def split_conv(self) -> None:
-        """Split the first convolution into those of the two halves of the input. Only for inference, and stride 1."""
-        if self.conv_added is not None:
-            return
-        self.conv.reparameterize()
-        conv = self.conv[0]
-        if conv.bias is None or self.main_chs != self.pass_chs:
-            return  # its norm is no batch norm, or the halves of input and output differ
-        convs = copy.deepcopy(conv), conv
-        for half, weight, bias in zip(convs, conv.weight.chunk(2), conv.bias.chunk(2), strict=True):
-            half.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            half.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-            half.in_channels = half.out_channels = half.groups = len(bias)
-        self.conv_added, self.conv_passed = convs
-        del self.conv[0]
+        shortcut = self.pool(x)
+        x = self.contract(x)
+        x = self.conv_dw(x)
+        x = self.conv_pwl(x)
+        if self.has_skip:
+            x = self.expand(self.drop_path(x), shortcut.shape[-2:]) + shortcut[:, :self.half_chs]
+            x = self.conv_dw_end(x)
+        return torch.cat([shortcut[:, -self.pass_chs:], x], dim=1)
 
 
-class HarmoniousStage(nn.Sequential):
-    """Stage of harmonious bottlenecks.
+class HarmoniousStages(nn.Sequential):
+    """Stages of the network, of which `timm.utils.reparameterize_model` makes a graph for inference.
 
-    `timm.utils.reparameterize_model` keeps the halves of its feature maps apart from the first block to the last, so
-    that the blocks between need no slices, and no concatenations at full size.
+    Attributes:
+        channel_multiple: Number that the graph pads channels to multiples of.
     """
+    channel_multiple = 8
 
-    def __init__(self, *blocks: Any):
-        super().__init__(*blocks)
-        self.keeps_halves = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.keeps_halves:
-            for block in self:
-                x = block(x)
-            return x
-        halves = [x]
-        for block in self:
-            halves = block.forward_halves(halves)
-        return torch.cat(halves, dim=1)
-
-    def reparameterize(self) -> None:
-        if all(isinstance(block, HarmoniousBottleneck) for block in self):
-            for block in self[1:]:
-                block.split_conv()
-            self.keeps_halves = all(block.conv_added is not None for block in self[1:])
+    def fuse(self) -> nn.Module:
+        """Make the graph, or return the stages as they are if they hold other blocks or norms."""
+        from .inference import create_inference_stages
+        return create_inference_stages(self, self.channel_multiple) or self
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block
@@ -403,7 +296,7 @@ class HBONet(nn.Module):
         round_chs = partial(make_divisible, divisor=divisor)
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         prev_chs = round_chs(32 * width)
-        self.conv_stem = RepSequential(_conv_norm_act(in_chans, prev_chs, 3, 2, **kwargs))
+        self.conv_stem = RepConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
 
         stages = []
         self.feature_info = []
@@ -430,22 +323,23 @@ class HBONet(nn.Module):
                         prev_chs, out_chs, block_stride, rate, exp_ratio, spatial_expansion, drop_path=drop_path,
                         **kwargs)]
                 else:
-                    blocks += [RepSequential(_conv_norm_act(prev_chs, out_chs, 1, apply_act=False, **kwargs))]
+                    blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
                 prev_chs = out_chs
                 dilation = next_dilation
-            stages += [HarmoniousStage(*blocks) if block_type == 'hbo' else nn.Sequential(*blocks)]
+            stages += [nn.Sequential(*blocks)]
         self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{len(stages) - 1}')]
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
-        self.blocks = nn.Sequential(*stages)
+        self.blocks = HarmoniousStages(*stages)
 
         # Head + Pooling
         self.num_features = round_chs(1600 * max(width, 1.0))
-        self.conv_head = RepSequential(_conv_norm_act(prev_chs, self.num_features, 1, **kwargs))
+        self.conv_head = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
         self.global_pool, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
         self.apply(self._init_weights)
+        self._register_load_state_dict_pre_hook(_rename_release, with_module=True)
 
     def _init_weights(self, m: nn.Module) -> None:
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -590,25 +484,62 @@ class HBONet(nn.Module):
         x = self.forward_head(x)
         return x
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """See `torch.nn.Module`. Takes the release's layout too, as timm's `load_checkpoint` calls no filter."""
-        return super().load_state_dict(_convert_release(state_dict, self), strict=strict, assign=assign)
+
+# The convolutions of the release's blocks, by the numbers that they have in it, each is followed by its norm
+_RELEASE_CONVS = {
+    'ir_e1': {0: 'conv_dw', 3: 'conv_pwl'},
+    'ir_e6': {0: 'conv_pw', 3: 'conv_dw', 6: 'conv_pwl'},
+    'hbo_r2': {0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'conv_dw', 8: 'conv_pwl'},
+    'hbo_r4': {
+        0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'contract.conv_dw2', 7: 'contract.conv_pw2',
+        10: 'conv_dw', 12: 'conv_pwl'},
+    'hbo_r8': {
+        0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'contract.conv_dw2', 7: 'contract.conv_pw2',
+        10: 'contract.conv_dw3', 12: 'contract.conv_pw3', 15: 'conv_dw', 17: 'conv_pwl'},
+}
 
 
-def _convert_release(state_dict: Mapping[str, Any], model: HBONet) -> Mapping[str, Any]:
-    """Rename the tensors of the release's layout, which numbers the blocks through."""
-    if 'features.0.0.weight' not in state_dict:
-        return state_dict
+def _release_names(model: HBONet) -> Dict[str, str]:
+    """Names of the convolutions and norms, by those that they have in the release."""
+    convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    for i, (name, block) in enumerate(blocks, 1):
+        if isinstance(block, RepConvNormAct):
+            convs[f'features.{i}', 0] = name
+            continue
+        if isinstance(block, InvertedResidual):
+            block_type = 'ir_e1' if isinstance(block.conv_pw, nn.Identity) else 'ir_e6'
+        else:
+            block_type = f'hbo_r{block.rate}'
+            convs[f'features.{i}.upconv', 0] = f'{name}.conv_dw_end'
+        convs.update({
+            (f'features.{i}.conv', number): f'{name}.{conv}' for number, conv in _RELEASE_CONVS[block_type].items()})
+    names = {f'{prefix}.{number}': f'{name}.conv' for (prefix, number), name in convs.items()}
+    names.update({f'{prefix}.{number + 1}': f'{name}.bn' for (prefix, number), name in convs.items()})
+    return names
+
+
+def _rename_release(
+        model: HBONet,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+) -> None:
+    """Rename the tensors of the release's layout when they are loaded, in place. A hook of `load_state_dict`."""
+    if f'{prefix}features.0.0.weight' not in state_dict:
+        return
     if model.spatial_expansion != 'nearest':
-        raise RuntimeError(
+        error_msgs.append(
             f"The released weights are for `spatial_expansion='nearest'`, got {model.spatial_expansion!r}. "
             f'Use that, or train this model from scratch.')
-
-    blocks = [f'blocks.{i}.{j}' for i, stage in enumerate(model.blocks) for j in range(len(stage))]
-    names = {f'features.{i}': name for i, name in enumerate(['conv_stem', *blocks])}
-    names['conv'] = 'conv_head'
-    prefix = re.compile(r'^(features\.\d+|conv)(?=\.)')
-    return {prefix.sub(lambda match: names.get(match[0], match[0]), k): v for k, v in state_dict.items()}
+    names = _release_names(model)
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        layer, _, tensor = key[len(prefix):].rpartition('.')
+        state_dict[f'{prefix}{names.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -625,10 +556,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
         RuntimeError: If a tensor is missing, unknown, or of another shape than the architecture's.
     """
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
-    state_dict = dict(_convert_release(state_dict, model))
+    state_dict = dict(state_dict)
+    _rename_release(model, state_dict, '', {}, True, [], [], [])
     # not left to load_state_dict(): timm makes it lenient where it replaces the classifier
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith('.num_batches_tracked')}
-    adapted = ('conv_stem.0.weight', 'classifier.weight', 'classifier.bias')
+    adapted = ('conv_stem.conv.weight', 'classifier.weight', 'classifier.bias')
     problems = [f'{k!r} is missing' for k in expected if k not in state_dict and k not in adapted]
     for k, v in state_dict.items():
         if k in adapted or k.endswith('.num_batches_tracked'):
@@ -652,7 +584,7 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem.0', 'classifier': 'classifier',
+        'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
         'paper_ids': 'arXiv:1908.03888',
         'paper_name': 'HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions',
         'origin_url': 'https://github.com/d-li14/HBONet', 'license': 'apache-2.0',
@@ -673,7 +605,7 @@ default_cfgs = generate_default_cfgs({
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
+        kwargs['norm_layer'] = partial(kwargs.get('norm_layer', nn.BatchNorm2d), **bn_args)
     model = build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

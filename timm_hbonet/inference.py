@@ -1,0 +1,243 @@
+"""The graph for inference that `timm.utils.reparameterize_model` makes of HBONet's stages.
+
+It computes what the network computes in eval mode, with
+
+- norms folded into the convolutions before them,
+- the two halves of a feature map, channels passed through and channels computed, as two tensors from the first
+  harmonious bottleneck to the last: no slices, and concatenations only where the feature map is contracted,
+- channels padded to a multiple that blocked kernels like. A tensor's layout, fixed when the graph is made, tells which
+  channel is in each place, and weights are laid out to match.
+
+At its ends, channels are in the network's own order and number.
+"""
+from typing import List, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.jit import Final
+
+from .hbonet import HarmoniousBottleneck, InvertedResidual, RepConvNormAct
+
+__all__ = ['InferenceStages', 'create_inference_stages']
+
+# The channel in each place of a tensor, or -1 where the place has no channel or one that nobody reads: all weights that
+# would read it are 0.
+Layout = List[int]
+
+
+def _pad(channels: Sequence[int], multiple: int) -> Layout:
+    return [*channels, *[-1] * (-len(channels) % multiple)]
+
+
+def _join(parts: List[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _lay_out(layer: RepConvNormAct, in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Module:
+    """Fold a layer's norm and lay out its weights, as depthwise ones without `out_layout`."""
+    conv, act = layer.fuse()
+    depthwise = out_layout is None
+    out_layout = in_layout if depthwise else out_layout
+    # -1 takes the zeros that are added at the end
+    weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0 if depthwise else 1, 0, 1))[out_layout]
+    bias = F.pad(conv.bias.detach(), (0, 1))[out_layout]
+    conv.weight = nn.Parameter(weight if depthwise else weight[:, in_layout], conv.weight.requires_grad)
+    conv.bias = nn.Parameter(bias, conv.bias.requires_grad)
+    conv.in_channels, conv.out_channels = len(in_layout), len(out_layout)
+    conv.groups = len(in_layout) if depthwise else 1
+    return conv if isinstance(act, nn.Identity) else nn.Sequential(conv, act)
+
+
+def _lay_out_all(
+        layers: Sequence[RepConvNormAct],
+        in_layout: Layout,
+        out_layout: Layout,
+        multiple: int,
+) -> nn.Sequential:
+    """Fold and lay out layers in sequence, of which the last is pointwise."""
+    modules = []
+    for layer in layers[:-1]:
+        if layer.conv.groups > 1:
+            modules.append(_lay_out(layer, in_layout))
+        else:
+            hidden_layout = _pad(range(layer.out_channels), multiple)
+            modules.append(_lay_out(layer, in_layout, hidden_layout))
+            in_layout = hidden_layout
+    return nn.Sequential(*modules, _lay_out(layers[-1], in_layout, out_layout))
+
+
+def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
+    """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
+    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
+    for i, channel in enumerate(out_layout):
+        if channel >= 0:
+            weight[i, in_layout.index(channel)] = 1.
+    conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    return conv
+
+
+class InferenceConvs(nn.Module):
+    """Inverted residual block or single layer, from a feature map in parts to one in one part."""
+
+    def __init__(
+            self,
+            block: Union[InvertedResidual, RepConvNormAct],
+            in_layouts: List[Layout],
+            multiple: int,
+            out_multiple: int,
+    ):
+        super().__init__()
+        in_layout = sum(in_layouts, [])
+        layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
+        self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
+        out_layout = in_layout if self.has_skip else _pad(range(layers[-1].out_channels), out_multiple)
+        self.convs = _lay_out_all(layers, in_layout, out_layout, multiple)
+        self.layouts = [out_layout]
+
+    def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
+        shortcut = _join(parts)
+        x = self.convs(shortcut)
+        if self.has_skip:
+            x = x + shortcut
+        return [x]
+
+
+class NearestExpansion(nn.Module):
+    """Spatial expansion by 2, which runtimes take by its factor more readily than by the size that it leads to."""
+
+    def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
+        return F.interpolate(x, scale_factor=2.)[:, :, :size[0], :size[1]]
+
+
+class InferenceBottleneck(nn.Module):
+    """Harmonious bottleneck, from a feature map in parts to one in two parts, channels passed and channels computed."""
+    has_skip: Final[bool]
+    keeps_parts: Final[bool]
+
+    def __init__(self, block: HarmoniousBottleneck, in_layouts: List[Layout], multiple: int, selects: bool):
+        super().__init__()
+        conv_dw1, *layers = [m for m in (*block.contract, block.conv_dw, block.conv_pwl)]
+        in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
+        whole = sum(in_layouts, [])
+        added, passed = range(half_chs), range(in_chs - pass_chs, in_chs)
+        self.has_skip = block.has_skip
+        self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
+        self.select_added = self.select_passed = nn.Identity()
+        if self.keeps_parts:
+            added_layout, passed_layout = in_layouts
+        elif selects and pass_chs < in_chs:
+            added_layout, passed_layout = _pad(added, multiple), _pad(passed, multiple)
+            like = conv_dw1.conv.weight
+            self.select_passed = _select(whole, passed_layout, like)
+            if self.has_skip:
+                self.select_added = _select(whole, added_layout, like)
+        else:
+            # two half maps that overlap are the whole map twice, with places that are not read
+            added_layout = [c if c in added else -1 for c in whole]
+            passed_layout = [c if c in passed else -1 for c in whole]
+
+        self.conv_dws = nn.ModuleList([_lay_out(conv_dw1, layout) for layout in in_layouts])
+        computed_layout = added_layout if self.has_skip else _pad(added, multiple)
+        self.convs = _lay_out_all(layers, whole, computed_layout, multiple)
+        self.pool = block.pool
+        if self.has_skip:
+            self.expand = block.expand
+            if self.expand.conv is not None:
+                self.expand.conv = _lay_out(self.expand.conv, computed_layout)
+            elif (self.expand.mode, self.expand.stride) == ('nearest', 2):
+                self.expand = NearestExpansion()
+            self.conv_dw_end = _lay_out(block.conv_dw_end, computed_layout)
+        self.layouts = [
+            [c - passed[0] if c >= 0 else -1 for c in passed_layout],
+            [c + pass_chs if c >= 0 else -1 for c in computed_layout],
+        ]
+
+    def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
+        contracted: List[torch.Tensor] = []
+        for i, conv_dw in enumerate(self.conv_dws):
+            contracted.append(conv_dw(parts[i]))
+        x = self.convs(_join(contracted))
+        parts = [self.pool(part) for part in parts]
+        if self.keeps_parts:
+            added, passed = parts[0], parts[1]
+        else:
+            whole = _join(parts)
+            added, passed = self.select_added(whole), self.select_passed(whole)
+        if self.has_skip:
+            x = self.expand(x, added.shape[-2:]) + added
+            x = self.conv_dw_end(x)
+        return [passed, x]
+
+
+class InferenceStage(nn.Module):
+    """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
+
+    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.in_layouts = in_layouts
+        out_layout = sum(blocks[-1].layouts, [])
+        self.out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
+        self.is_whole = self.out_places == list(range(len(out_layout)))
+
+    def split(self, x: torch.Tensor) -> List[torch.Tensor]:
+        parts: List[torch.Tensor] = []
+        for layout in self.in_layouts:
+            parts.append(x[:, torch.tensor(layout, device=x.device).clamp(min=0)])
+        return parts
+
+    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
+        x = _join(parts)
+        return x if self.is_whole else x[:, torch.tensor(self.out_places, device=x.device)]
+
+    def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
+        for block in self.blocks:
+            parts = block.run(parts)
+        return parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.join(self.run(self.split(x)))
+
+
+class InferenceStages(nn.Sequential):
+    """Stages of the inference graph, for eval mode and any input size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [x]
+        for stage in self:
+            parts = stage.run(parts)
+        return self[-1].join(parts)
+
+
+def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
+    """Create the graph of a network's stages.
+
+    Args:
+        stages: Stages of blocks. They are not changed.
+        multiple: Number that channels are padded to multiples of.
+
+    Returns:
+        The graph, or None where a block is none of HBONet's, or a norm is not one that can be folded.
+    """
+    blocks = [block for stage in stages for block in stage]
+    known = all(isinstance(block, (HarmoniousBottleneck, InvertedResidual, RepConvNormAct)) for block in blocks)
+    if not known or any(m.fuse() is m for m in stages.modules() if isinstance(m, RepConvNormAct)):
+        return None
+
+    first_layer = next(m for m in blocks[0].modules() if isinstance(m, RepConvNormAct))
+    layouts = [list(range(first_layer.in_channels))]
+    inference_stages = []
+    for stage in stages:
+        in_layouts, inference_blocks = layouts, []
+        for block in stage:
+            if isinstance(block, HarmoniousBottleneck):
+                # selected once, halves are narrow in all blocks of the stage after the first
+                inference_block = InferenceBottleneck(block, layouts, multiple, selects=len(stage) > 1)
+            else:
+                inference_block = InferenceConvs(block, layouts, multiple, 1 if block is blocks[-1] else multiple)
+            inference_blocks.append(inference_block)
+            layouts = inference_block.layouts
+        inference_stages.append(InferenceStage(inference_blocks, in_layouts))
+    return InferenceStages(*inference_stages).eval()
