@@ -99,6 +99,17 @@ class InvertedResidual(nn.Module):
         return x
 
 
+class AvgPool2dCeil(nn.Module):
+    """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_scripting = torch.jit.is_scripting()
+        if not is_scripting and (isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt)):
+            # ceil_mode would branch on a size that an export leaves open
+            return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
+        return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+
+
 class SpatialExpansion(nn.Module):
     """Expansion of a feature map to the size of the one that it is added to."""
 
@@ -180,7 +191,7 @@ class HarmoniousBottleneck(nn.Module):
         self.conv_pwl = conv(mid_chs, half_chs, 1, apply_act=False)
 
         # Spatial expansion
-        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+        self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
         if self.has_skip:
             self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)

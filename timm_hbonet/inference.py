@@ -104,11 +104,29 @@ class InferenceConvs(nn.Module):
         return [x]
 
 
+class AveragePool(nn.Module):
+    """2x2 average pooling. As a depthwise convolution where no size is odd, which runtimes take with any channels."""
+
+    def __init__(self, pool: nn.Module, chs: int, like: torch.Tensor):
+        super().__init__()
+        self.pool = pool
+        self.conv = nn.Conv2d(chs, chs, 2, 2, groups=chs, bias=False, device='meta')
+        self.conv.weight = nn.Parameter(like.new_full((chs, 1, 2, 2), 0.25), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # sizes that a trace or an export leaves open are no int, and must not decide what is recorded
+        if isinstance(x.shape[-2] + x.shape[-1], int) and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0:
+            return self.conv(x)
+        return self.pool(x)
+
+
 class NearestExpansion(nn.Module):
-    """Spatial expansion by 2, which runtimes take by its factor more readily than by the size that it leads to."""
+    """Spatial expansion by 2, which runtimes take more readily by its factor than by the size that it leads to."""
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
-        return F.interpolate(x, scale_factor=2.)[:, :, :size[0], :size[1]]
+        if isinstance(size[0] + size[1], int):
+            return F.interpolate(x, scale_factor=2.)[:, :, :size[0], :size[1]]
+        return F.interpolate(x, size=size)
 
 
 class InferenceBottleneck(nn.Module):
@@ -122,6 +140,7 @@ class InferenceBottleneck(nn.Module):
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
         whole = sum(in_layouts, [])
         added, passed = range(half_chs), range(in_chs - pass_chs, in_chs)
+        like = conv_dw1.conv.weight
         self.has_skip = block.has_skip
         self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
         self.select_added = self.select_passed = nn.Identity()
@@ -129,7 +148,6 @@ class InferenceBottleneck(nn.Module):
             added_layout, passed_layout = in_layouts
         elif selects and pass_chs < in_chs:
             added_layout, passed_layout = _pad(added, multiple), _pad(passed, multiple)
-            like = conv_dw1.conv.weight
             self.select_passed = _select(whole, passed_layout, like)
             if self.has_skip:
                 self.select_added = _select(whole, added_layout, like)
@@ -141,7 +159,9 @@ class InferenceBottleneck(nn.Module):
         self.conv_dws = nn.ModuleList([_lay_out(conv_dw1, layout) for layout in in_layouts])
         computed_layout = added_layout if self.has_skip else _pad(added, multiple)
         self.convs = _lay_out_all(layers, whole, computed_layout, multiple)
-        self.pool = block.pool
+        self.pools = nn.ModuleList([
+            block.pool if isinstance(block.pool, nn.Identity) else AveragePool(block.pool, len(layout), like)
+            for layout in in_layouts])
         if self.has_skip:
             self.expand = block.expand
             if self.expand.conv is not None:
@@ -158,12 +178,14 @@ class InferenceBottleneck(nn.Module):
         contracted: List[torch.Tensor] = []
         for i, conv_dw in enumerate(self.conv_dws):
             contracted.append(conv_dw(parts[i]))
+        pooled: List[torch.Tensor] = []
+        for i, pool in enumerate(self.pools):
+            pooled.append(pool(parts[i]))
         x = self.convs(_join(contracted))
-        parts = [self.pool(part) for part in parts]
         if self.keeps_parts:
-            added, passed = parts[0], parts[1]
+            added, passed = pooled[0], pooled[1]
         else:
-            whole = _join(parts)
+            whole = _join(pooled)
             added, passed = self.select_added(whole), self.select_passed(whole)
         if self.has_skip:
             x = self.expand(x, added.shape[-2:]) + added
