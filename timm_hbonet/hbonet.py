@@ -11,7 +11,7 @@ https://github.com/d-li14/HBONet
 import copy
 import math
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -24,17 +24,17 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     create_classifier,
+    get_norm_act_layer,
     make_divisible,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
-from timm.models._helpers import clean_state_dict
 from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .pretrained import build_model_with_cfg
-from .releases import RELEASES
+from .releases import checkpoint_filter_fn, rename_release
 
 __all__ = ['HBONet']
 
@@ -43,11 +43,7 @@ class RepConvNormAct(ConvNormAct):
     """Convolution, norm and activation, of which `timm.utils.reparameterize_model` folds the norm."""
 
     def fuse(self) -> nn.Module:
-        """Fold the norm with its running statistics into the convolution, for inference.
-
-        Returns:
-            The convolution with its activation, or this module as it is if its norm is no batch norm with statistics.
-        """
+        """Returns the convolution with the norm folded in, and the activation, or this if the norm is none to fold."""
         norm = self.bn
         if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)) or norm.running_mean is None:
             return self
@@ -71,11 +67,11 @@ class InvertedResidual(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 1,
-            dilation: int = 1,
             exp_ratio: int = 1,
+            drop_path: float = 0.,
+            dilation: int = 1,
             act_layer: LayerType = nn.ReLU6,
             norm_layer: LayerType = nn.BatchNorm2d,
-            drop_path: float = 0.,
             device=None,
             dtype=None,
     ):
@@ -103,8 +99,7 @@ class AvgPool2dCeil(nn.Module):
     """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_scripting = torch.jit.is_scripting()
-        if not is_scripting and (isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt)):
+        if not torch.jit.is_scripting() and torch.SymInt in (type(x.shape[-2]), type(x.shape[-1])):
             # ceil_mode would branch on a size that an export leaves open
             return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
@@ -113,15 +108,7 @@ class AvgPool2dCeil(nn.Module):
 class SpatialExpansion(nn.Module):
     """Expansion of a feature map to the size of the one that it is added to."""
 
-    def __init__(
-            self,
-            chs: int,
-            stride: int,
-            mode: str = 'nearest',
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
-    ):
+    def __init__(self, chs: int, stride: int, mode: str, norm_layer: LayerType, device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.stride = stride
@@ -146,7 +133,7 @@ class HarmoniousBottleneck(nn.Module):
     are the last channels of the input. A block of stride 2 ends at half the size of its input, so that one of stride 2
     and rate 2 has no spatial expansion.
 
-    Paper: figure 2 of HBONet.
+    Paper: figure 2 of HBONet
     """
     has_skip: Final[bool]
 
@@ -155,12 +142,12 @@ class HarmoniousBottleneck(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 1,
-            rate: int = 2,
             exp_ratio: int = 2,
+            drop_path: float = 0.,
+            rate: int = 2,
             spatial_expansion: str = 'nearest',
             act_layer: LayerType = nn.ReLU6,
             norm_layer: LayerType = nn.BatchNorm2d,
-            drop_path: float = 0.,
             device=None,
             dtype=None,
     ):
@@ -168,9 +155,7 @@ class HarmoniousBottleneck(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, **dd)
         mid_chs = in_chs * exp_ratio
-        half_chs = out_chs // 2
-        self.rate = rate
-        self.half_chs = half_chs
+        self.half_chs = half_chs = out_chs // 2
         self.pass_chs = out_chs - half_chs
         self.has_skip = rate > stride
         if self.pass_chs > in_chs:
@@ -194,7 +179,7 @@ class HarmoniousBottleneck(nn.Module):
         self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
         if self.has_skip:
-            self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer=norm_layer, **dd)
+            self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer, **dd)
             self.conv_dw_end = conv(half_chs, half_chs, 5, groups=half_chs, apply_act=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,15 +194,11 @@ class HarmoniousBottleneck(nn.Module):
 
 
 class HarmoniousStages(nn.Sequential):
-    """Stages of the network, of which `timm.utils.reparameterize_model` makes a graph for inference.
-
-    Attributes:
-        channel_multiple: Number that the graph pads channels to multiples of.
-    """
-    channel_multiple = 8
+    """Stages of the network, of which `timm.utils.reparameterize_model` makes a graph for inference."""
+    channel_multiple = 8  # that channels of the graph are padded to
 
     def fuse(self) -> nn.Module:
-        """Make the graph, or return the stages as they are if they hold other blocks or norms."""
+        """Returns the graph, or this if it has blocks or norms of other types."""
         from .inference import create_inference_stages
         return create_inference_stages(self, self.channel_multiple) or self
 
@@ -272,32 +253,26 @@ class HBONet(nn.Module):
             in_chans: Number of input image channels.
             global_pool: Type of global pooling, '' for none (without a classifier).
             output_stride: Ratio of input to output size, 32 or 16. 16 dilates the last stages.
-            act_layer: Type of activation layer.
-            norm_layer: Type of normalization layer.
+            act_layer, norm_layer: Types of activation and normalization layers.
             drop_rate: Dropout rate of the classifier.
-            drop_path_rate: Stochastic depth rate of the last block, it rises linearly from 0 at the first. Only blocks
-                with a shortcut have it.
+            drop_path_rate: Stochastic depth rate of the last block, blocks with a shortcut have it from 0 upwards.
 
         Raises:
-            ValueError: If one of `width`, `depths`, `rates`, `spatial_expansion`, `in_chans` and `output_stride` is not
-                as above.
+            ValueError: If an argument is not as above.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if width <= 0:
-            raise ValueError(f'`width` must be positive, got {width}.')
-        if in_chans < 1:
-            raise ValueError(f'`in_chans` must be at least 1, got {in_chans}.')
-        if len(depths) != len(_STAGE_CFG) or min(depths) < 1:
-            raise ValueError(f'`depths` must be {len(_STAGE_CFG)} numbers of at least 1, got {depths}.')
-        num_rates = sum(block_type == 'hbo' for block_type, *_ in _STAGE_CFG)
-        if len(rates) != num_rates or not set(rates) <= {2, 4, 8}:
-            raise ValueError(f'`rates` must be {num_rates} numbers out of 2, 4 and 8, got {rates}.')
-        if spatial_expansion not in ('nearest', 'bilinear', 'deconv'):
-            raise ValueError(
-                f"`spatial_expansion` must be 'nearest', 'bilinear' or 'deconv', got {spatial_expansion!r}.")
-        if output_stride not in (16, 32):
-            raise ValueError(f'`output_stride` must be 16 or 32, got {output_stride}.')
+        expansions = ('nearest', 'bilinear', 'deconv')
+        for name, value, is_allowed, allowed in (
+                ('width', width, width > 0, 'positive'),
+                ('depths', depths, len(depths) == 9 and min(depths) >= 1, '9 numbers of at least 1'),
+                ('rates', rates, len(rates) == 5 and set(rates) <= {2, 4, 8}, '5 numbers out of 2, 4 and 8'),
+                ('spatial_expansion', spatial_expansion, spatial_expansion in expansions, f'one of {expansions}'),
+                ('in_chans', in_chans, in_chans >= 1, 'at least 1'),
+                ('output_stride', output_stride, output_stride in (16, 32), '16 or 32'),
+        ):
+            if not is_allowed:
+                raise ValueError(f'`{name}` must be {allowed}, got {value!r}.')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -325,14 +300,11 @@ class HBONet(nn.Module):
                 if net_stride * block_stride > output_stride:
                     block_stride, next_dilation = 1, dilation * block_stride
                 net_stride *= block_stride
-                drop_path = next(drop_path_rates)
+                block_args = (prev_chs, out_chs, block_stride, exp_ratio, next(drop_path_rates))
                 if block_type == 'ir':
-                    blocks += [InvertedResidual(
-                        prev_chs, out_chs, block_stride, dilation, exp_ratio, drop_path=drop_path, **kwargs)]
+                    blocks += [InvertedResidual(*block_args, dilation=dilation, **kwargs)]
                 elif block_type == 'hbo':
-                    blocks += [HarmoniousBottleneck(
-                        prev_chs, out_chs, block_stride, rate, exp_ratio, spatial_expansion, drop_path=drop_path,
-                        **kwargs)]
+                    blocks += [HarmoniousBottleneck(*block_args, rate, spatial_expansion, **kwargs)]
                 else:
                     blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
                 prev_chs = out_chs
@@ -350,7 +322,7 @@ class HBONet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
         self.apply(self._init_weights)
-        self._register_load_state_dict_pre_hook(_rename_release, with_module=True)
+        self._register_load_state_dict_pre_hook(rename_release, with_module=True)
 
     def _init_weights(self, m: nn.Module) -> None:
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -362,13 +334,8 @@ class HBONet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(
-            stem=r'^conv_stem',
-            blocks=[
-                (r'^blocks\.(\d+)' if coarse else r'^blocks\.(\d+)\.(\d+)', None),
-                (r'^conv_head', (99999,)),
-            ],
-        )
+        blocks = r'^blocks\.(\d+)' if coarse else r'^blocks\.(\d+)\.(\d+)'
+        return dict(stem=r'^conv_stem', blocks=[(blocks, None), (r'^conv_head', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -379,18 +346,12 @@ class HBONet(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Reset the classifier head.
-
-        Args:
-            num_classes: Number of classes for new classifier, 0 for none.
-            global_pool: Global pooling type, current pooling is kept if None.
-        """
+        """Reset the classifier, to none for 0 classes, and the global pooling unless None."""
         param = next(self.parameters())
         self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=param.device, dtype=param.dtype)
+            self.num_features, num_classes, pool_type=pool_type, device=param.device, dtype=param.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.classifier.train(self.training)
@@ -407,15 +368,12 @@ class HBONet(nn.Module):
         """Forward features that returns intermediates.
 
         Args:
-            x: Input image tensor, [B, in_chans, H, W] of any H and W.
-            indices: Take last n features if int, all if None, select matching indices if sequence.
-            norm: Apply norm layer to compatible intermediates (there are none).
-            stop_early: Stop iterating over blocks when last desired intermediate hit.
-            output_fmt: Shape of intermediate feature outputs, 'NCHW'.
-            intermediates_only: Only return intermediate features.
-
-        Returns:
-            List of intermediate features, or tuple of final features and that list.
+            x: Input image tensor, [B, in_chans, H, W] of any H and W
+            indices: Take last n features if int, all if None, select matching indices if sequence
+            norm: Apply norm layer to compatible intermediates, there are none
+            stop_early: Stop iterating over blocks when last desired intermediate hit
+            output_fmt: Shape of intermediate feature outputs
+            intermediates_only: Only return intermediate features
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -452,20 +410,11 @@ class HBONet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Prune layers not required for specified intermediates.
-
-        Args:
-            indices: Take last n features if int, select matching indices if sequence.
-            prune_norm: Whether to prune the normalization layer, here the convolution after the last stage.
-            prune_head: Whether to prune the classifier head.
-
-        Returns:
-            Indices of the features that are kept.
-        """
+        """Prune layers not required for specified intermediates."""
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         num_chs = self.feature_info[max_index]['num_chs']
         max_index = self.stage_ends[max_index]
-        # conv_head follows the last stage and is not a feature, it goes with the head, the norm or the last stage
+        # conv_head follows the last stage and is no feature: it goes with the head, as a norm, or with the stage
         prune_end = prune_norm or prune_head or max_index < len(self.blocks) - 1
         self.blocks = self.blocks[:max_index + 1]
         if prune_end:
@@ -478,11 +427,10 @@ class HBONet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x, flatten=True)
+            x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        x = self.conv_head(x)
-        return x
+        return self.conv_head(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.global_pool(x)
@@ -491,108 +439,12 @@ class HBONet(nn.Module):
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
-
-
-# The convolutions of the release's blocks, by the numbers that they have in it, each is followed by its norm
-_RELEASE_CONVS = {
-    'ir_e1': {0: 'conv_dw', 3: 'conv_pwl'},
-    'ir_e6': {0: 'conv_pw', 3: 'conv_dw', 6: 'conv_pwl'},
-    'hbo_r2': {0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'conv_dw', 8: 'conv_pwl'},
-    'hbo_r4': {
-        0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'contract.conv_dw2', 7: 'contract.conv_pw2',
-        10: 'conv_dw', 12: 'conv_pwl'},
-    'hbo_r8': {
-        0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'contract.conv_dw2', 7: 'contract.conv_pw2',
-        10: 'contract.conv_dw3', 12: 'contract.conv_pw3', 15: 'conv_dw', 17: 'conv_pwl'},
-}
-
-
-def _release_names(model: HBONet) -> Dict[str, str]:
-    """Names of the convolutions and norms, by those that they have in the release."""
-    convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
-    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
-    for i, (name, block) in enumerate(blocks, 1):
-        if isinstance(block, RepConvNormAct):
-            convs[f'features.{i}', 0] = name
-            continue
-        if isinstance(block, InvertedResidual):
-            block_type = 'ir_e1' if isinstance(block.conv_pw, nn.Identity) else 'ir_e6'
-        else:
-            block_type = f'hbo_r{block.rate}'
-            convs[f'features.{i}.upconv', 0] = f'{name}.conv_dw_end'
-        convs.update({
-            (f'features.{i}.conv', number): f'{name}.{conv}' for number, conv in _RELEASE_CONVS[block_type].items()})
-    names = {f'{prefix}.{number}': f'{name}.conv' for (prefix, number), name in convs.items()}
-    names.update({f'{prefix}.{number + 1}': f'{name}.bn' for (prefix, number), name in convs.items()})
-    return names
-
-
-def _rename_release(
-        model: HBONet,
-        state_dict: Dict[str, Any],
-        prefix: str,
-        local_metadata: Dict[str, Any],
-        strict: bool,
-        missing_keys: List[str],
-        unexpected_keys: List[str],
-        error_msgs: List[str],
-) -> None:
-    """Rename the tensors of the release's layout when they are loaded, in place. A hook of `load_state_dict`."""
-    if f'{prefix}features.0.0.weight' not in state_dict:
-        return
-    if model.spatial_expansion != 'nearest':
-        error_msgs.append(
-            f"The released weights are for `spatial_expansion='nearest'`, got {model.spatial_expansion!r}. "
-            f'Use that, or train this model from scratch.')
-    names = _release_names(model)
-    for key in [k for k in state_dict if k.startswith(prefix)]:
-        layer, _, tensor = key[len(prefix):].rpartition('.')
-        state_dict[f'{prefix}{names.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Convert a checkpoint of the release's layout, and check that a checkpoint of either layout fits the model.
-
-    Args:
-        state_dict: Tensors by name, possibly under a key 'state_dict' and with a prefix 'module.'.
-        model: Model to load into. Stem and classifier are not checked, timm adapts them.
-
-    Returns:
-        Tensors by name, in this layout.
-
-    Raises:
-        RuntimeError: If a tensor is missing, unknown, or of another shape than the architecture's.
-    """
-    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
-    state_dict = dict(state_dict)
-    _rename_release(model, state_dict, '', {}, True, [], [], [])
-    # not left to load_state_dict(): timm makes it lenient where it replaces the classifier
-    expected = {k: v for k, v in model.state_dict().items() if not k.endswith('.num_batches_tracked')}
-    adapted = ('conv_stem.conv.weight', 'classifier.weight', 'classifier.bias')
-    problems = [f'{k!r} is missing' for k in expected if k not in state_dict and k not in adapted]
-    for k, v in state_dict.items():
-        if k in adapted or k.endswith('.num_batches_tracked'):
-            continue
-        if k not in expected:
-            problems.append(f'{k!r} is unknown')
-        elif not torch.is_tensor(v) or v.shape != expected[k].shape:
-            found = list(v.shape) if torch.is_tensor(v) else type(v).__name__
-            problems.append(f'{k!r} is {found}, not {list(expected[k].shape)}')
-    if problems:
-        architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', 'this HBONet')
-        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-        raise RuntimeError(
-            f'The weights do not fit {architecture}: {"; ".join(problems[:3])}{more}. '
-            f'Use a checkpoint of this architecture.')
-    return state_dict
+        return self.forward_head(self.forward_features(x))
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'url': url, 'hf_hub_id': 'timm/', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
@@ -603,20 +455,36 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+_RELEASE = 'https://github.com/d-li14/HBONet/raw/e9a76c15e3847b0f032a7000fe0c8138d6f2eb10/pretrained/'
+
 default_cfgs = generate_default_cfgs({
-    release.name: _cfg(
-        hf_hub_id=release.hf_hub_id,
-        url=release.url,
-        input_size=(3, release.input_size, release.input_size),
-        pool_size=(release.input_size // 32, release.input_size // 32),
-    ) for release in RELEASES
+    'hbonet_100.in1k': _cfg(_RELEASE + 'hbonet_1_0.pth'),
+    'hbonet_080.in1k': _cfg(_RELEASE + 'hbonet_0_8.pth'),
+    'hbonet_050.in1k': _cfg(_RELEASE + 'hbonet_0_5.pth'),
+    'hbonet_035.in1k': _cfg(_RELEASE + 'hbonet_0_35.pth'),
+    'hbonet_025.in1k': _cfg(_RELEASE + 'hbonet_0_25.pth'),
+    'hbonet_010.in1k': _cfg(_RELEASE + 'hbonet_0_1.pth'),
+    'hbonet_080.r192_in1k': _cfg(_RELEASE + 'hbonet_0_8_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_080.r160_in1k': _cfg(_RELEASE + 'hbonet_0_8_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
+    'hbonet_080.r128_in1k': _cfg(_RELEASE + 'hbonet_0_8_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'hbonet_080.r96_in1k': _cfg(_RELEASE + 'hbonet_0_8_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
+    'hbonet_035.r192_in1k': _cfg(_RELEASE + 'hbonet_0_35_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_035.r160_in1k': _cfg(_RELEASE + 'hbonet_0_35_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
+    'hbonet_035.r128_in1k': _cfg(_RELEASE + 'hbonet_0_35_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'hbonet_035.r96_in1k': _cfg(_RELEASE + 'hbonet_0_35_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
+    'hbonet_050_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_5_8_divisible.pth'),
+    'hbonet_060.r192_in1k': _cfg(
+        _RELEASE + 'variant/hbonet_0_6_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_025_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_8_divisible.pth'),
+    'hbonet_025_4x_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_4x_8_divisible.pth'),
+    'hbonet_025_8x_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_8x_8_divisible.pth'),
 })
 
 
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(kwargs.get('norm_layer', nn.BatchNorm2d), **bn_args)
+        kwargs['norm_layer'] = partial(get_norm_act_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
     model = build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
