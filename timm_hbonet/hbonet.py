@@ -99,7 +99,7 @@ class AvgPool2dCeil(nn.Module):
     """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and torch.SymInt in (type(x.shape[-2]), type(x.shape[-1])):
+        if not torch.jit.is_scripting() and any(isinstance(n, torch.SymInt) for n in (x.shape[-2], x.shape[-1])):
             # ceil_mode would branch on a size that an export leaves open
             return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
