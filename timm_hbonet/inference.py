@@ -10,7 +10,8 @@ It computes what the network computes in eval mode, with
 
 At its ends, channels are in the network's own order and number.
 """
-from typing import List, Optional, Sequence, Union
+import copy
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -49,12 +50,7 @@ def _lay_out(layer: RepConvNormAct, in_layout: Layout, out_layout: Optional[Layo
     return conv if isinstance(act, nn.Identity) else nn.Sequential(conv, act)
 
 
-def _lay_out_all(
-        layers: Sequence[RepConvNormAct],
-        in_layout: Layout,
-        out_layout: Layout,
-        multiple: int,
-) -> nn.Sequential:
+def _lay_out_all(layers: List[RepConvNormAct], in_layout: Layout, out_layout: Layout, multiple: int) -> nn.Sequential:
     """Fold and lay out layers in sequence, of which the last is pointwise."""
     modules = []
     for layer in layers[:-1]:
@@ -81,13 +77,7 @@ def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Mod
 class InferenceConvs(nn.Module):
     """Inverted residual block or single layer, from a feature map in parts to one in one part."""
 
-    def __init__(
-            self,
-            block: Union[InvertedResidual, RepConvNormAct],
-            in_layouts: List[Layout],
-            multiple: int,
-            out_multiple: int,
-    ):
+    def __init__(self, block: nn.Module, in_layouts: List[Layout], multiple: int, out_multiple: int):
         super().__init__()
         in_layout = sum(in_layouts, [])
         layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
@@ -136,7 +126,7 @@ class InferenceBottleneck(nn.Module):
 
     def __init__(self, block: HarmoniousBottleneck, in_layouts: List[Layout], multiple: int, selects: bool):
         super().__init__()
-        conv_dw1, *layers = [m for m in (*block.contract, block.conv_dw, block.conv_pwl)]
+        conv_dw1, *layers = [*block.contract, block.conv_dw, block.conv_pwl]
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
         whole = sum(in_layouts, [])
         added, passed = range(half_chs), range(in_chs - pass_chs, in_chs)
@@ -163,7 +153,7 @@ class InferenceBottleneck(nn.Module):
             block.pool if isinstance(block.pool, nn.Identity) else AveragePool(block.pool, len(layout), like)
             for layout in in_layouts])
         if self.has_skip:
-            self.expand = block.expand
+            self.expand = copy.deepcopy(block.expand)
             if self.expand.conv is not None:
                 self.expand.conv = _lay_out(self.expand.conv, computed_layout)
             elif (self.expand.mode, self.expand.stride) == ('nearest', 2):
@@ -202,25 +192,23 @@ class InferenceStage(nn.Module):
         self.in_layouts = in_layouts
         out_layout = sum(blocks[-1].layouts, [])
         self.out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
-        self.is_whole = self.out_places == list(range(len(out_layout)))
-
-    def split(self, x: torch.Tensor) -> List[torch.Tensor]:
-        parts: List[torch.Tensor] = []
-        for layout in self.in_layouts:
-            parts.append(x[:, torch.tensor(layout, device=x.device).clamp(min=0)])
-        return parts
-
-    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
-        x = _join(parts)
-        return x if self.is_whole else x[:, torch.tensor(self.out_places, device=x.device)]
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         for block in self.blocks:
             parts = block.run(parts)
         return parts
 
+    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
+        x = _join(parts)
+        if self.out_places == list(range(x.shape[1])):
+            return x
+        return x[:, torch.tensor(self.out_places, device=x.device)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(self.run(self.split(x)))
+        parts: List[torch.Tensor] = []
+        for layout in self.in_layouts:
+            parts.append(x[:, torch.tensor(layout, device=x.device).clamp(min=0)])
+        return self.join(self.run(parts))
 
 
 class InferenceStages(nn.Sequential):
@@ -234,22 +222,22 @@ class InferenceStages(nn.Sequential):
 
 
 def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
-    """Create the graph of a network's stages.
+    """Create the graph of a network's stages, which are not changed.
 
     Args:
-        stages: Stages of blocks. They are not changed.
-        multiple: Number that channels are padded to multiples of.
+        stages: Stages of blocks.
+        multiple: Number that channels are padded to multiples of, at least 1.
 
     Returns:
         The graph, or None where a block is none of HBONet's, or a norm is not one that can be folded.
     """
-    blocks = [block for stage in stages for block in stage]
-    known = all(isinstance(block, (HarmoniousBottleneck, InvertedResidual, RepConvNormAct)) for block in blocks)
-    if not known or any(m.fuse() is m for m in stages.modules() if isinstance(m, RepConvNormAct)):
+    known = (HarmoniousBottleneck, InvertedResidual, RepConvNormAct)
+    blocks = [block for stage in stages for block in (stage if isinstance(stage, nn.Sequential) else [stage])]
+    layers = [m for m in stages.modules() if isinstance(m, RepConvNormAct)]
+    if not all(type(block) in known for block in blocks) or any(layer.fuse() is layer for layer in layers):
         return None
 
-    first_layer = next(m for m in blocks[0].modules() if isinstance(m, RepConvNormAct))
-    layouts = [list(range(first_layer.in_channels))]
+    layouts = [list(range(layers[0].in_channels))]
     inference_stages = []
     for stage in stages:
         in_layouts, inference_blocks = layouts, []
