@@ -34,7 +34,6 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .pretrained import build_model_with_cfg
-from .releases import RELEASES
 
 __all__ = ['HBONet']
 
@@ -660,13 +659,37 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+_RELEASE = 'https://github.com/d-li14/HBONet/raw/e9a76c15e3847b0f032a7000fe0c8138d6f2eb10/pretrained/'
+
 default_cfgs = generate_default_cfgs({
-    release.name: _cfg(
-        hf_hub_id=release.hf_hub_id,
-        url=release.url,
-        input_size=(3, release.input_size, release.input_size),
-        pool_size=(release.input_size // 32, release.input_size // 32),
-    ) for release in RELEASES
+    'hbonet_100.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_1_0.pth'),
+    'hbonet_080.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_8.pth'),
+    'hbonet_050.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_5.pth'),
+    'hbonet_035.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_35.pth'),
+    'hbonet_025.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_25.pth'),
+    'hbonet_010.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_1.pth'),
+    'hbonet_080.r192_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_8_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_080.r160_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_8_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
+    'hbonet_080.r128_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_8_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'hbonet_080.r96_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_8_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
+    'hbonet_035.r192_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_35_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_035.r160_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_35_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
+    'hbonet_035.r128_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_35_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'hbonet_035.r96_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'hbonet_0_35_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
+    'hbonet_050_d8.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'variant/hbonet_0_5_8_divisible.pth'),
+    'hbonet_060.r192_in1k': _cfg(
+        hf_hub_id='timm/', url=_RELEASE + 'variant/hbonet_0_6_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
+    'hbonet_025_d8.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'variant/hbonet_0_25_8_divisible.pth'),
+    'hbonet_025_4x_d8.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'variant/hbonet_0_25_4x_8_divisible.pth'),
+    'hbonet_025_8x_d8.in1k': _cfg(hf_hub_id='timm/', url=_RELEASE + 'variant/hbonet_0_25_8x_8_divisible.pth'),
 })
 
 

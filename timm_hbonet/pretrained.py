@@ -1,166 +1,111 @@
-"""Where pretrained weights come from: the Hugging Face Hub, or the authors' release, verified."""
+"""Where published weights come from: the Hugging Face Hub, else the authors' release, verified."""
 import logging
 import os
-import tempfile
-from contextlib import suppress
+import re
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Union
+from urllib.error import URLError
 
 import timm.models
-import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import EntryNotFoundError
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, hf_split
-from torch import nn
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from .releases import RELEASES, Release
-
-__all__ = ['build_model_with_cfg', 'download_release']
+from .releases import GIT_BLOBS, check_release, download_release, get_release_path
 
 _logger = logging.getLogger(__name__)
+_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+# of files, connections and the Hub, whose client has another HTTP library in each of its major versions
+_ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)
+_ANSWERS = (URLError, HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled)
 
 
-def build_model_with_cfg(model_cls: Type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build a model as `timm.models.build_model_with_cfg` does, with published weights that fall back to the release.
-
-    Keyword arguments are those of timm's function. Weights from anywhere else than the registered pretrained cfgs load
-    as timm loads them.
-
-    Raises:
-        ValueError: If published weights are asked for a `spatial_expansion` that they were not trained with.
-        FileNotFoundError: If there is no file of the name that the config gives.
-        RuntimeError: If weights cannot be found, read, or fitted to the model.
-    """
-    if not pretrained:
-        return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-
-    cfg = timm.models.resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    source = 'the given state dict' if cfg.state_dict else cfg.file or cfg.hf_hub_id or cfg.url or 'an empty config'
-    release = next((r for r in RELEASES if (r.hf_hub_id, r.url) == (cfg.hf_hub_id, cfg.url)), None)
-    # weights that a config has in another way are timm's to load
-    ours = not (cfg.source or cfg.state_dict or cfg.custom_load)
-    if ours and cfg.file:
-        cfg.state_dict = _load_weights(cfg.file)
-    elif ours and release and not cfg.hf_hub_filename:
-        if kwargs.get('spatial_expansion', 'nearest') != 'nearest':
-            raise ValueError(
-                f"The published weights are for `spatial_expansion='nearest'`, got {kwargs['spatial_expansion']!r}. "
-                f'Use that, or `pretrained=False`.')
-        source, cfg.state_dict = _load_published(release, kwargs.get('cache_dir'))
-    try:
-        model = timm.models.build_model_with_cfg(model_cls, variant, pretrained, cfg, **kwargs)
-    except RuntimeError as e:
-        raise RuntimeError(f'Could not make {variant} with the weights from {source}. {e}') from e
-    if ours:
-        for module in model.modules():  # a wrapper for feature maps has a config of its own
-            getattr(module, 'pretrained_cfg', {}).pop('state_dict', None)
-    return model
-
-
-def _load_published(release: Release, cache_dir: Optional[Union[str, Path]]) -> Tuple[str, Dict[str, torch.Tensor]]:
-    """Load published weights from the first source that has them. Returns its name, and the state dict."""
-    path, cached = _find_cached_release(release, cache_dir)
-    if cached and release.hf_hub_id == f'timm/{release.name}':  # a namespace of the user's may have other weights
-        return str(path), _load_weights(path)
-    failures = [] if cached else [f'{path}: not there']
-
-    hub = f'{release.hf_hub_id} on {constants.ENDPOINT}'
-    try:
-        return hub, _load_from_hub(release.hf_hub_id, cache_dir)
-    except Exception as e:  # whatever HTTP library huggingface_hub uses
-        cached_from_hub = _find_cached_from_hub(release.hf_hub_id, cache_dir)
-        if cached_from_hub:
-            raise RuntimeError(
-                f'The weights of {hub} cannot be read. {type(e).__name__}: {e} They must be a state dict, as '
-                f'{HF_SAFE_WEIGHTS_NAME} or, without other Python objects, as {HF_WEIGHTS_NAME}. If {cached_from_hub} '
-                f'was damaged on this machine, delete it.') from e
-        failures.append(_describe(hub, e))
-        _logger.warning(f'Taking the weights of {release.name} from {release.url}, not from the Hub. {failures[-1]}')
-
-    try:
-        return str(path), _load_weights(download_release(release, cache_dir))
-    except Exception as e:
-        failures.append(_describe(f'{release.url} to {path}', e))
-        tried = '\n'.join(f'{i}. {failure}' for i, failure in enumerate(failures, 1))
-        raise RuntimeError(
-            f'Found no weights for {release.name}. Tried, in this order:\n{tried}\n'
-            f'Set TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, or give a file with '
-            f"`pretrained_cfg_overlay=dict(file='...')`. If a folder is read-only or full, set `cache_dir`, or "
-            f'TORCH_HOME and HF_HOME, to another.') from e
-
-
-def _describe(source: str, error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line][:2]  # those after are general advice
-    return f'{source}: {type(error).__name__}: {" ".join(lines)}'
-
-
-def _load_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> Dict[str, torch.Tensor]:
-    if not _find_cached_from_hub(hub_id, cache_dir):
-        # a download would try for minutes before it gives up on a Hub that cannot be reached
-        repo_id, revision = hf_split(hub_id)
-        with suppress(EntryNotFoundError):  # it may have the other file
-            get_hf_file_metadata(hf_hub_url(repo_id, HF_SAFE_WEIGHTS_NAME, revision=revision))
-    return timm.models.load_state_dict_from_hf(hub_id, weights_only=True, cache_dir=cache_dir)
-
-
-def _find_cached_from_hub(hub_id: str, cache_dir: Optional[Union[str, Path]]) -> Optional[str]:
-    repo_id, revision = hf_split(hub_id)
-    names = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
-    paths = [try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision) for name in names]
-    return next((path for path in paths if isinstance(path, str)), None)
-
-
-def _find_cached_release(release: Release, cache_dir: Optional[Union[str, Path]]) -> Tuple[Path, bool]:
-    """Path of a release in the cache, and whether it is there. A damaged file is deleted."""
-    path = Path(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'), os.path.basename(release.path))
-    try:
-        release.verify(path)
-        return path, True
-    except ValueError as e:
-        _logger.warning(f'Deleting {path}, {e}.')
-        path.unlink(missing_ok=True)  # another process may have done so
-    except OSError:
-        pass
-    return path, False
-
-
-def download_release(release: Release, cache_dir: Optional[Union[str, Path]] = None) -> Path:
-    """Get a checkpoint of the authors' release, from the cache or from its address, with its digests verified.
-
-    Args:
-        release: The checkpoint.
-        cache_dir: Folder of the file, by default torch.hub's folder for checkpoints.
+def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build a model as timm's function of this name does, with published weights from where `find_weights` finds them.
 
     Raises:
-        ValueError: If the downloaded file does not have the released digests. It is deleted.
+        ValueError: If published weights are for another `spatial_expansion`.
+        RuntimeError: If published weights cannot be found, read, or fitted to the model.
     """
-    path, cached = _find_cached_release(release, cache_dir)
-    if not cached:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as scratch:
-            partial = Path(scratch, path.name)
-            with partial.open('wb') as f:
-                # compressed, a connection that was cut could not be resumed
-                http_get(release.url, f, headers={'Accept-Encoding': 'identity'}, displayed_filename=path.name)
-            release.verify(partial)
-            os.replace(partial, path)
-    return path
+    build = partial(timm.models.build_model_with_cfg, model_cls, variant, pretrained)
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    name = f'{cfg.architecture}.{cfg.tag}'
+    published = timm.models.get_pretrained_cfg(name) if name in GIT_BLOBS else None
+    if not pretrained or not published or any(getattr(cfg, k) != getattr(published, k) for k in _SOURCES):
+        return build(**kwargs)
 
+    if kwargs.get('spatial_expansion', 'nearest') != 'nearest':
+        raise ValueError(f"The weights of {name} are for `spatial_expansion='nearest'`, use that or `pretrained=False`.")
+    filter_fn = kwargs.pop('pretrained_filter_fn')
 
-def _load_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
-    """Load a state dict from a file, without running code that is in it."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'There is no file {path} to load weights from.')
+    def filter_strictly(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+        state_dict = filter_fn(state_dict, model)
+        names = state_dict.keys() ^ model.state_dict().keys()
+        differing = [k for k in names if not re.match(r'classifier\.|.*\.num_batches_tracked', k)]
+        if differing and kwargs.get('pretrained_strict', True):
+            # timm is not strict about them where it replaces the classifier
+            raise RuntimeError(f'{len(differing)} tensors are missing or unknown, such as {min(differing)}.')
+        return state_dict
+
+    file = find_weights(name, kwargs.get('cache_dir'))
+    kwargs.update(pretrained_filter_fn=filter_strictly, pretrained_cfg_overlay={**overlay, 'file': file})
     try:
-        return timm.models.load_state_dict(path, weights_only=True)
-    except Exception as e:
-        with open(path, 'rb') as f:
-            start = f.read(64)
-        found = f'{type(e).__name__}: {e}'.rstrip('.')
-        if start[:8].isascii() and b'\0' not in start:  # such as a web page, an error in JSON, a pointer of Git LFS
-            found = f'it is text that starts with {start!r}' if start else 'it is empty'
-        raise RuntimeError(
-            f'Cannot load weights from {path}: {found}. It must be a safetensors file, or a state dict of tensors that '
-            f'was saved with `torch.save`.') from e
+        return build(**kwargs)
+    except (EOFError, RuntimeError, SafetensorError) as e:
+        raise RuntimeError(f'Cannot use {file} as the weights of {name}. {type(e).__name__}: {e}') from e
+
+
+def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
+    """Get a file with the weights of a tag ('hbonet_100.in1k'): the release in the cache, the Hub's, the release.
+
+    Raises:
+        ValueError: If TIMM_HBONET_HUB_NAMESPACE in the environment is not 'ORG' or 'ORG@REVISION'.
+        RuntimeError: If there is none.
+    """
+    namespace = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
+    if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*(@[^@\s]+)?', namespace):
+        raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {namespace!r}.")
+    path = get_release_path(name, cache_dir)
+    problem = check_release(path, name)
+    if not problem and namespace == 'timm':  # another may have other weights
+        return str(path)
+
+    failures = [f'{path}: {problem}'] if problem else []
+    namespace, at, revision = namespace.partition('@')
+    for source, download in (
+            (f'{namespace}/{name}{at}{revision} on {constants.ENDPOINT}',
+             partial(_download_from_hub, f'{namespace}/{name}', revision or None, cache_dir)),
+            (f"the authors' release, to {path}", partial(download_release, name, cache_dir)),
+    ):
+        for _ in range(2):  # a connection that was cut may hold now
+            try:
+                return str(download())
+            except _ERRORS as e:
+                error = e
+                if isinstance(e, _ANSWERS) or 'Timeout' in type(e).__name__:
+                    break
+        failures.append(f'{source}: {type(error).__name__}: {" ".join(str(error).split())[:500]}')
+        _logger.warning(f'No weights of {name} from {failures[-1]}')
+    tried = '\n'.join(f'{i}. {failure}' for i, failure in enumerate(failures, 1))
+    raise RuntimeError(
+        f'Found no weights for {name}. Tried, in this order:\n{tried}\nSet TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to '
+        f"a Hub that has them, or give a file with `pretrained_cfg_overlay=dict(file='...')`. If a folder is read-only "
+        f'or full, set `cache_dir`, or TORCH_HOME and HF_HOME, to another.') from error
+
+
+def _download_from_hub(repo_id: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
+    filenames = ('model.safetensors', 'pytorch_model.bin')
+    cached = [f for f in filenames if isinstance(try_to_load_from_cache(repo_id, f, cache_dir, revision), str)]
+    for filename in (*cached, *filenames):
+        try:
+            if filename not in cached:  # a download tries for minutes before it gives up on a Hub that does not answer
+                url = hf_hub_url(repo_id, filename, revision=revision)
+                get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+        except EntryNotFoundError as e:
+            error = e
+    raise error

@@ -1,70 +1,116 @@
-"""The 19 checkpoints that the authors released with the paper: where they are, how to check them, what they score.
-
-Sources: https://github.com/d-li14/HBONet at the pinned commit and its README, tables 2 to 6 of arXiv:1908.03888.
-
-Two environment variables are read when this is imported. `TIMM_HBONET_HUB_NAMESPACE` ('ORG' or 'ORG@REVISION') is the
-namespace of the Hugging Face Hub that has the weights, 'timm' if not set. `TIMM_HBONET_RELEASES` is the path of a JSON
-file to use in place of releases.json, for a mirror of the release.
-"""
+"""The checkpoints that the authors released: their digests, and how they are downloaded and verified."""
 import hashlib
-import json
+import logging
 import os
-import re
+import shutil
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from tempfile import TemporaryDirectory
+from typing import Dict, Optional, Union
+from urllib.request import urlopen
 
-__all__ = ['COMMIT', 'RELEASES', 'REPOSITORY', 'Release']
+import timm.models
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
 
-_NAMESPACE = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
-if not re.fullmatch(r'[\w.-]+(@[^@\s]+)?', _NAMESPACE):
-    raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {_NAMESPACE!r}.")
+__all__ = ['GIT_BLOBS', 'SHA384', 'check_release', 'download_release', 'get_release_path']
 
+_logger = logging.getLogger(__name__)
 
-class Release(NamedTuple):
-    """A released checkpoint."""
-    name: str  # in timm, architecture and tag
-    path: str  # in the authors' repository
-    git_blob: str  # git blob id of the file, SHA-1 of its size and content in hex
-    input_size: int  # height and width of the images that it was trained and scored on
-    top1: float  # published top-1 accuracy on ImageNet-1k validation in percent, of a single centre crop
-    top5: float  # published top-5 accuracy in percent
-    published_mflops: int  # published multiply-adds in millions
-    macs: int  # multiply-adds of convolutions and classifier, computed from the architecture
-    table: str  # of the paper
-    sha384: Optional[str] = None  # SHA-384 of the file in hex, where a second party has published it
-
-    @property
-    def url(self) -> str:
-        return f'{REPOSITORY}/raw/{COMMIT}/{self.path}'
-
-    @property
-    def hf_hub_id(self) -> str:
-        namespace, at, revision = _NAMESPACE.partition('@')
-        return f'{namespace}/{self.name}{at}{revision}'
-
-    def verify(self, path: Union[str, Path]) -> None:
-        """Compare a file's digests with the released ones, without opening it as a checkpoint.
-
-        Raises:
-            ValueError: If a digest differs.
-        """
-        content = Path(path).read_bytes()
-        for digest, found, expected in (
-                ('git blob id', hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), self.git_blob),
-                ('SHA-384', hashlib.sha384(content).hexdigest(), self.sha384),
-        ):
-            if expected and found != expected:
-                raise ValueError(f'the {digest} is {found}, but that of {self.name} is {expected}')
+# SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
+GIT_BLOBS: Dict[str, str] = {
+    'hbonet_100.in1k': '7414b8c39d9e82b8d4922086c4f99e9ac9e384f6',
+    'hbonet_080.in1k': 'c46ebaf81af544b59c31497ec22f6b71210e07d4',
+    'hbonet_050.in1k': '314ef51c531bad4fb76ea8eb0ace01b364a68ac1',
+    'hbonet_035.in1k': 'c9f111a1e9a2b144282472a4ff9cb6f6f3f1e664',
+    'hbonet_025.in1k': '594ab57232e911dbf8143e31d14a02bcfaee2171',
+    'hbonet_010.in1k': 'b3d6c5d058e4a42e23bbfe354dfe4e28f945a6a5',
+    'hbonet_080.r192_in1k': '8bbabc116ddfcd4a5084f43d5b37bd5376f4edde',
+    'hbonet_080.r160_in1k': '41c5f1023a3338a87efcb4620ee07135802c9cf2',
+    'hbonet_080.r128_in1k': '40c3724180e00e9f4500a6a5fedb368ea82b55c3',
+    'hbonet_080.r96_in1k': 'b145d76e9281b93720a9c18305d04003900844be',
+    'hbonet_035.r192_in1k': '383337af685b2e100bf7928c609f84fc69da1843',
+    'hbonet_035.r160_in1k': '7a640d3859b50f1e2bd30c7169b3de1065485f6d',
+    'hbonet_035.r128_in1k': '3e630e41efe98877465ebbe302ce1fda8b7f5a94',
+    'hbonet_035.r96_in1k': '7573489c50d0e7dcc698d209acab606e07f2cc76',
+    'hbonet_050_d8.in1k': '0b6d5fa2f7534b952d3b6e8857401be9f8a648e9',
+    'hbonet_060.r192_in1k': '8980e46f7e2a3479b98d2ee81f5a7a863397d014',
+    'hbonet_025_d8.in1k': '21d65af0058a11e626adaeb4d4f5c842ddfe466c',
+    'hbonet_025_4x_d8.in1k': '3162e5b2d91c07858786619a0d90d5d28f6ecce0',
+    'hbonet_025_8x_d8.in1k': 'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
+}
+# of the content, from the Open Model Zoo, which has three of them
+SHA384: Dict[str, str] = {
+    'hbonet_100.in1k':
+        '27ea1715505128c6dd1cf22cc57e629b0f8c2acf7f9246894c5c003091b415e3f494cee156c7dbd330f5d6affce700ab',
+    'hbonet_050.in1k':
+        '3aeecf2621a52826a166bb9c7b0fb300964da0af407b63e3cf979e775510144fc38931fd9a08cf724fe3139fc878d4db',
+    'hbonet_025.in1k':
+        '836c1fe7b0e1ba55db92e7e1deb15641afac1f3ac7975d8a7bfa7bd08e407d4a7664b2eb7149553f1e241cd424adb5fc',
+}
 
 
-_path = Path(os.environ.get('TIMM_HBONET_RELEASES') or Path(__file__).with_name('releases.json'))
-try:
-    _table = json.loads(_path.read_text(encoding='utf-8'))
-    REPOSITORY, COMMIT = _table['repository'], _table['commit']
-    RELEASES = tuple(
-        Release(macs=entry['computed_macs'], **{k: v for k, v in entry.items() if k in Release._fields})
-        for entry in _table['checkpoints'])
-except (OSError, ValueError, KeyError, TypeError) as e:
-    raise ValueError(
-        f'{_path} cannot be used as a table of releases. {type(e).__name__}: {e}. TIMM_HBONET_RELEASES must be the '
-        f"path of a JSON file with 'repository', 'commit' and 'checkpoints'.") from e
+def check_release(path: Path, name: str) -> str:
+    """Say what is wrong with a file that should be the released checkpoint `name`, without opening it as a checkpoint.
+
+    Args:
+        path: The file.
+        name: Architecture and tag.
+
+    Returns:
+        What is wrong, '' if nothing.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        return f'{type(e).__name__}: {e.strerror}'
+    for digest, found, expected in (
+            ('git blob id', hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), GIT_BLOBS[name]),
+            ('SHA-384', hashlib.sha384(content).hexdigest(), SHA384.get(name)),
+    ):
+        if expected and found != expected:
+            return f'the {digest} is {found}, not {expected}, of {len(content)} bytes that start with {content[:20]!r}'
+    return ''
+
+
+def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Where the released checkpoint `name` is kept: a name of our own, which ends with the start of the git blob id.
+
+    Args:
+        name: Architecture and tag.
+        cache_dir: Folder, by default that of torch.hub.
+    """
+    folder = cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    stem, extension = os.path.splitext(os.path.basename(timm.models.get_pretrained_cfg(name).url))
+    return Path(folder, f'{stem}-{GIT_BLOBS[name][:8]}{extension}')
+
+
+def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Get the released checkpoint `name`, from the cache or the authors' repository, verified.
+
+    Args:
+        name: Architecture and tag.
+        cache_dir: Folder, by default that of torch.hub.
+
+    Raises:
+        OSError: If the file cannot be downloaded, verified, or written. No file is left behind then.
+    """
+    path = get_release_path(name, cache_dir)
+    problem = check_release(path, name)
+    if problem:
+        url = timm.models.get_pretrained_cfg(name).url
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled(f'HF_HUB_OFFLINE is set, {url} is not asked')
+        if path.exists():
+            _logger.warning(f'Replacing {path}: {problem}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as scratch:
+            partial = Path(scratch, path.name)
+            with urlopen(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response, partial.open('wb') as f:
+                with tqdm.wrapattr(f, 'write', total=response.length, desc=path.name) as progress:
+                    shutil.copyfileobj(response, progress)
+            problem = check_release(partial, name)
+            if problem:
+                raise OSError(f'{url}: {problem}')
+            os.replace(partial, path)
+    return path
