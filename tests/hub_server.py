@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, for the real huggingface_hub client to talk to.
 
 It serves and stores model repositories (without Xet: set HF_HUB_DISABLE_XET=1), plays other sites through `pages`, acts
-as an HTTP proxy for plain http addresses (it refuses https), logs its requests, and misbehaves where `fail` tells it to.
+as an HTTP proxy for plain http addresses (and refuses https), logs its requests, and misbehaves where `fail` tells it.
 
     with HubServer() as server:
         server.add_repository('org/name', {'config.json': b'{}'})

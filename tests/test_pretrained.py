@@ -512,7 +512,8 @@ def full_disk():
 
 
 @pytest.mark.parametrize('on_hub', [True, False])
-@pytest.mark.parametrize('fault, error', [('read-only', 'PermissionError'), ('full', 'OSError'), ('file', 'NotADirectoryError')])
+@pytest.mark.parametrize('fault, error', [
+    ('read-only', 'PermissionError'), ('full', 'OSError'), ('file', 'NotADirectoryError')])
 def test_cache_that_cannot_be_written(fault, error, on_hub, server, monkeypatch):
     if on_hub:
         publish(server)

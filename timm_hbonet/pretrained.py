@@ -39,7 +39,7 @@ def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **
         return build(**kwargs)
 
     if kwargs.get('spatial_expansion', 'nearest') != 'nearest':
-        raise ValueError(f"The weights of {name} are for `spatial_expansion='nearest'`, use that or `pretrained=False`.")
+        raise ValueError(f"The weights of {name} are for spatial_expansion='nearest'. Use that, or pretrained=False.")
     filter_fn = kwargs.pop('pretrained_filter_fn')
 
     def filter_strictly(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
