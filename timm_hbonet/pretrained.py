@@ -14,10 +14,9 @@ from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, OfflineMod
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .releases import GIT_BLOBS, check_release, download_release, get_release_path
+from .releases import check_release, download_release, get_release_name, get_release_path
 
 _logger = logging.getLogger(__name__)
-_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 # of files, connections and the Hub, whose client has another HTTP library in each of its major versions
 _ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)
 _ANSWERS = (URLError, HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled)
@@ -27,15 +26,13 @@ def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **
     """Build a model as timm's function of this name does, with published weights from where `find_weights` finds them.
 
     Raises:
-        ValueError: If published weights are for another `spatial_expansion`.
         RuntimeError: If published weights cannot be found, read, or fitted to the model.
     """
     build = partial(timm.models.build_model_with_cfg, model_cls, variant, pretrained)
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    name = f'{cfg.architecture}.{cfg.tag}'
-    published = timm.models.get_pretrained_cfg(name) if name in GIT_BLOBS else None
-    if not pretrained or not published or any(getattr(cfg, k) != getattr(published, k) for k in _SOURCES):
+    name = pretrained and get_release_name(
+        timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay))
+    if not name:
         return build(**kwargs)
 
     if kwargs.get('spatial_expansion', 'nearest') != 'nearest':
@@ -46,8 +43,7 @@ def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **
         state_dict = filter_fn(state_dict, model)
         names = state_dict.keys() ^ model.state_dict().keys()
         differing = [k for k in names if not re.match(r'classifier\.|.*\.num_batches_tracked', k)]
-        if differing and kwargs.get('pretrained_strict', True):
-            # timm is not strict about them where it replaces the classifier
+        if differing and kwargs.get('pretrained_strict', True):  # timm is not, where it replaces the classifier
             raise RuntimeError(f'{len(differing)} tensors are missing or unknown, such as {min(differing)}.')
         return state_dict
 
@@ -76,11 +72,11 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
 
     failures = [f'{path}: {problem}'] if problem else []
     namespace, at, revision = namespace.partition('@')
-    for source, download in (
-            (f'{namespace}/{name}{at}{revision} on {constants.ENDPOINT}',
-             partial(_download_from_hub, f'{namespace}/{name}', revision or None, cache_dir)),
-            (f"the authors' release, to {path}", partial(download_release, name, cache_dir)),
-    ):
+    for source, download in {
+            f'{namespace}/{name}{at}{revision} on {constants.ENDPOINT}':
+                partial(_download_from_hub, f'{namespace}/{name}', revision or None, cache_dir),
+            f"the authors' release, to {path}": partial(download_release, name, cache_dir),
+    }.items():
         for _ in range(2):  # a connection that was cut may hold now
             try:
                 return str(download())
@@ -98,14 +94,14 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
 
 
 def _download_from_hub(repo_id: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
-    filenames = ('model.safetensors', 'pytorch_model.bin')
-    cached = [f for f in filenames if isinstance(try_to_load_from_cache(repo_id, f, cache_dir, revision), str)]
-    for filename in (*cached, *filenames):
+    files = ('model.safetensors', 'pytorch_model.bin')
+    cached = [file for file in files if isinstance(try_to_load_from_cache(repo_id, file, cache_dir, revision), str)]
+    for file in (*cached, *files):
         try:
-            if filename not in cached:  # a download tries for minutes before it gives up on a Hub that does not answer
-                url = hf_hub_url(repo_id, filename, revision=revision)
+            if file not in cached:  # a download tries for minutes before it gives up on a Hub that does not answer
+                url = hf_hub_url(repo_id, file, revision=revision)
                 get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            return hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+            return hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
         except EntryNotFoundError as e:
             error = e
     raise error

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
 
-__all__ = ['GIT_BLOBS', 'SHA384', 'check_release', 'download_release', 'get_release_path']
+__all__ = ['GIT_BLOBS', 'SHA384', 'check_release', 'download_release', 'get_release_name', 'get_release_path']
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +48,16 @@ SHA384: Dict[str, str] = {
     'hbonet_025.in1k':
         '836c1fe7b0e1ba55db92e7e1deb15641afac1f3ac7975d8a7bfa7bd08e407d4a7664b2eb7149553f1e241cd424adb5fc',
 }
+
+
+def get_release_name(cfg: timm.models.PretrainedCfg) -> str:
+    """Architecture and tag of the released checkpoint that a cfg asks for, '' if it has its weights from elsewhere."""
+    name = f'{cfg.architecture}.{cfg.tag}'
+    if name not in GIT_BLOBS:
+        return ''
+    registered = timm.models.get_pretrained_cfg(name)
+    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+    return name if all(getattr(cfg, k) == getattr(registered, k) for k in sources) else ''
 
 
 def check_release(path: Path, name: str) -> str:
