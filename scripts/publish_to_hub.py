@@ -51,7 +51,7 @@ def check_token(api: HfApi) -> Optional[str]:
     except LocalTokenNotFoundError:
         return 'there is no token of the Hub. Run `hf auth login`, or set HF_TOKEN to a token with write access.'
     except ERRORS as e:
-        if isinstance(e, HfHubHTTPError) and e.response.status_code == 401:
+        if getattr(getattr(e, 'response', None), 'status_code', None) == 401:
             return (
                 f'{api.endpoint} does not accept the token (401), it may have expired or been revoked. '
                 f'Run `hf auth login`, or set HF_TOKEN to a token with write access.')
