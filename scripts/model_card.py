@@ -36,10 +36,12 @@ contract the feature map while they expand the channels, and pass half of the ou
 MACs and activations are computed from the architecture for one image: the multiply-adds, and the elements of the
 output, of all convolutions and the classifier, as fvcore counts them.
 
-timm-hbonet, which has the architecture and made this repository's files, was developed without the authors' files: none
-of them had ever been opened. In their place stood weights that are recreated from a rule, with exactly the names and
-shapes of the release's tensors, the outputs that the authors' network gives with them in float64, and the digests of
-the files. The accuracy has not been measured in timm.
+## What was checked
+
+timm-hbonet, which has the architecture and wrote the files here, was developed without the authors' files: until this
+conversion none had ever been opened. In their place stood weights that are recreated from a rule under the names and
+shapes of the release's tensors, the outputs of the authors' network with them in float64, which this architecture
+gives too, and the published digests of the files. The accuracy has not been measured in timm.
 
 ## Usage
 
