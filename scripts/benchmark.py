@@ -51,11 +51,10 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # read as torch is imported: it
 import timm
 import timm.utils
 import torch
+from scores import SCORES
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
-
-from timm_hbonet.releases import RELEASES
 
 try:
     from matplotlib.axes import Axes
@@ -79,7 +78,7 @@ PEERS = {
     'starnet_s1': ('in1k', 73.532),
 }
 PUBLISHED = {f'{name}.{tag}': top1 for name, (tag, top1) in PEERS.items()}
-PUBLISHED.update((release.name, release.top1) for release in RELEASES if release.name.endswith('.in1k'))
+PUBLISHED.update((name, score.top1) for name, score in SCORES.items() if name.endswith('.in1k'))
 TOP1 = {name.split('.')[0]: top1 for name, top1 in PUBLISHED.items()}
 RUNTIMES = {'onnxruntime': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino')}
 TRAINING = ('train', 'train_channels_last')

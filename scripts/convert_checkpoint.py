@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -12,11 +13,12 @@ from typing import Optional
 import timm
 import torch
 from model_card import make_card
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from tqdm import tqdm
 
-import timm_hbonet  # noqa: F401  registers the models
-from timm_hbonet.releases import RELEASES, REPOSITORY, Release
+from timm_hbonet.releases import GIT_BLOBS, check_release
 
 # files of a converted checkpoint, as in timm's own repositories
 FILES = ('README.md', 'config.json', 'model.safetensors', 'test/rand_tensors.safetensors')
@@ -27,49 +29,57 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
-def identify(path: Path, name: Optional[str] = None, allow_unknown_digest: bool = False) -> Release:
-    """Find the release that a file is.
+def identify(path: Path, name: Optional[str] = None, allow_unknown_digest: bool = False) -> str:
+    """Find the released checkpoint that a file is.
 
     Args:
         path: The file.
-        name: Name that the release must have, None for any.
-        allow_unknown_digest: Take a file that is of no release as the model `name`.
+        name: Architecture and tag that it must be, None for any.
+        allow_unknown_digest: Take a file that is of no release as `name`.
+
+    Returns:
+        Architecture and tag.
 
     Raises:
         ValueError: If the file's digests are not those of one release.
     """
     git_blob = git_blob_id(path.read_bytes())
-    found = [r for r in RELEASES if r.git_blob == git_blob and r.name == (name or r.name)]
+    found = [k for k, v in GIT_BLOBS.items() if v == git_blob and k == (name or k)]
     if len(found) > 1:
-        raise ValueError(f'{path} is the file of {", ".join(r.name for r in found)}. Choose one with --model.')
+        raise ValueError(f'{path} is the file of {", ".join(found)}. Choose one with --model.')
     if found:
-        found[0].verify(path)
+        problem = check_release(path, found[0])
+        if problem:
+            raise ValueError(f'{path} is not the file of {found[0]}: {problem}')
         return found[0]
-    if allow_unknown_digest:
-        return next(r for r in RELEASES if r.name == name)
+    if allow_unknown_digest and name:
+        return name
     raise ValueError(
-        f'{path} has git blob id {git_blob}, which is not that of {name or "any release"}. Use a file of {REPOSITORY}, '
-        f'or, if you know which model it is and trust it, --model NAME --allow-unknown-digest.')
+        f'{path} has git blob id {git_blob}, which is not that of {name or "any release"}. Use a file of '
+        f'https://github.com/d-li14/HBONet, or, if you know which model it is and trust it, --model NAME '
+        f'--allow-unknown-digest.')
 
 
-def convert(path: Path, release: Release, repo_id: str, folder: Path) -> None:
+def convert(path: Path, name: str, repo_id: str, folder: Path) -> bool:
     """Convert a checkpoint to a folder with the files of a repository of the Hub, and check that it loads again.
 
     Args:
         path: The checkpoint.
-        release: The release that it is.
+        name: Architecture and tag that it is.
         repo_id: Repository that the model card refers to, 'ORG/NAME'.
-        folder: Folder to write. If it exists, it is replaced.
+        folder: Folder to write. One that exists is never changed.
+
+    Returns:
+        Whether the folder was written, False if it has these files already.
 
     Raises:
         RuntimeError: If the checkpoint cannot be read, does not fit the model, or does not load again as it was.
-        FileExistsError: If the folder has files that are not of a converted checkpoint.
+        FileExistsError: If the folder exists with anything else in it.
     """
-    files = [p for p in (folder, *folder.rglob('*')) if p.is_file()]
-    others = [p for p in files if p.relative_to(folder).as_posix() not in FILES]
-    if others:
-        raise FileExistsError(f'{folder} has other files, such as {others[0].name}. Choose another, or move them.')
-    model = timm.create_model(release.name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    except (EOFError, RuntimeError, SafetensorError, ValueError) as e:
+        raise RuntimeError(f'Cannot load {path} as the weights of {name}. {type(e).__name__}: {e}') from e
     # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
     images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2
     with torch.inference_mode():
@@ -93,7 +103,7 @@ def convert(path: Path, release: Release, repo_id: str, folder: Path) -> None:
         config = json.loads((written / 'config.json').read_text())
         config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
         (written / 'config.json').write_text(json.dumps(config, indent=2))
-        make_card(model, release, repo_id, git_blob_id(path.read_bytes())).save(written / 'README.md')
+        make_card(name, repo_id, git_blob_id(path.read_bytes())).save(written / 'README.md')
         save_file(tensors, written / 'test/rand_tensors.safetensors')
         for file in written.rglob('*.safetensors'):
             shutil.copymode(written / 'config.json', file)  # safetensors makes its files private
@@ -101,10 +111,14 @@ def convert(path: Path, release: Release, repo_id: str, folder: Path) -> None:
         reloaded = timm.create_model(f'local-dir:{written}', pretrained=True).eval()
         with torch.inference_mode():
             if not torch.equal(reloaded(images), logits):
-                raise RuntimeError(f'The converted {release.name} does not give the logits of {path}. Nothing is kept.')
-        if folder.exists():
-            folder.rename(Path(scratch, 'replaced'))
-        written.rename(folder)
+                raise RuntimeError(f'The converted {name} does not give the logits of {path}. Nothing is kept.')
+        if not folder.is_dir() or not any(folder.iterdir()):
+            os.rename(written, folder)  # fails where there is a file, or by now a folder with files
+            return True
+        for file in FILES:
+            if not (folder / file).is_file() or (folder / file).read_bytes() != (written / file).read_bytes():
+                raise FileExistsError(f'{folder} exists, with another {file} or none. Choose another, or move it away.')
+        return False
 
 
 def main() -> None:
@@ -113,11 +127,11 @@ def main() -> None:
         epilog='Each file becomes a folder DIR/MODEL with model.safetensors, config.json, README.md (the model card, '
                'for the namespace TIMM_HBONET_HUB_NAMESPACE) and test/rand_tensors.safetensors. The git blob id of the '
                'file tells which model it is. A folder appears when it is complete and loads through timm to '
-               'identical logits; it replaces an older one.')
+               'identical logits. One that exists is never changed: if its files differ, that is an error.')
     parser.add_argument('files', nargs='+', type=Path, metavar='FILE', help='checkpoint of the release')
     parser.add_argument('--output', type=Path, default='.', metavar='DIR', help='folder of the folders (default: here)')
     parser.add_argument(
-        '--model', choices=[r.name for r in RELEASES], metavar='NAME',
+        '--model', choices=list(GIT_BLOBS), metavar='NAME',
         help='model that the FILE must be, such as hbonet_100.in1k')
     parser.add_argument(
         '--allow-unknown-digest', action='store_true',
@@ -128,13 +142,15 @@ def main() -> None:
     if args.allow_unknown_digest and not args.model:
         parser.error('--allow-unknown-digest needs --model')
 
-    for path in args.files:
+    namespace = (os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm').partition('@')[0]
+    for path in tqdm(args.files, unit='file', disable=len(args.files) == 1):
         try:
-            release = identify(path, args.model, args.allow_unknown_digest)
-            convert(path, release, release.hf_hub_id.partition('@')[0], args.output / release.name)
+            name = identify(path, args.model, args.allow_unknown_digest)
+            folder = args.output / name
+            done = '' if convert(path, name, f'{namespace}/{name}', folder) else ' (was there already)'
         except (OSError, RuntimeError, ValueError) as e:
             sys.exit(f'error: {" ".join(str(e).split())}')
-        print(args.output / release.name)
+        tqdm.write(f'{folder}{done}')
 
 
 if __name__ == '__main__':

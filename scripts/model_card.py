@@ -1,13 +1,14 @@
-"""Model cards for the released checkpoints, from the table of releases and the architectures."""
+"""Model cards for the released checkpoints, from the published scores and the architectures."""
+import re
 from functools import lru_cache
 from typing import Tuple
 
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from scores import SCORES
 
-import timm_hbonet  # noqa: F401  registers the models
-from timm_hbonet.releases import COMMIT, RELEASES, Release
+from timm_hbonet.releases import GIT_BLOBS
 
 PAPER = 'https://arxiv.org/abs/1908.03888'
 
@@ -34,6 +35,13 @@ contract the feature map while they expand the channels, and pass half of the ou
 
 MACs and activations are computed from the architecture for one image: the multiply-adds, and the elements of the
 output, of all convolutions and the classifier, as fvcore counts them.
+
+## What was checked
+
+timm-hbonet, which has the architecture and wrote the files here, was developed without the authors' files: until this
+conversion none had ever been opened. In their place stood weights that are recreated from a rule under the names and
+shapes of the release's tensors, the outputs of the authors' network with them in float64, which this architecture
+gives too, and the published digests of the files. The accuracy has not been measured in timm.
 
 ## Usage
 
@@ -120,8 +128,12 @@ the ImageNet-1k validation images. MACs are computed from the architecture.
 
 
 @lru_cache(maxsize=None)
+def _create_model(architecture: str) -> torch.nn.Module:
+    return timm.create_model(architecture, device='meta').eval()
+
+
 def _count_params(architecture: str) -> int:
-    return sum(p.numel() for p in timm.create_model(architecture, device='meta').parameters())
+    return sum(p.numel() for p in _create_model(architecture).parameters())
 
 
 def _count_activations(model: torch.nn.Module, image: torch.Tensor) -> int:
@@ -135,52 +147,50 @@ def _count_activations(model: torch.nn.Module, image: torch.Tensor) -> int:
     hooks = [
         module.register_forward_hook(add) for module in model.modules()
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
-    with torch.inference_mode():
-        model(image)
+    model(image)
     for hook in hooks:
         hook.remove()
     return count
 
 
-def _compare(current: Release) -> str:
+def _compare(current: str) -> str:
     rows = [
         '| model | top-1 | top-5 | params (M) | MACs (M) | published MFLOPs | image size |',
         '| --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
-    for release in sorted(RELEASES, key=lambda r: r.top1, reverse=True):
-        params = _count_params(release.name.split('.')[0]) / 1e6
-        macs = release.macs / 1e6
-        slip = ' \\*' if abs(release.published_mflops / macs - 1) > 0.05 else ''
-        name = f'**{release.name}**' if release == current else release.name
+    for name, score in sorted(SCORES.items(), key=lambda item: item[1].top1, reverse=True):
+        params = _count_params(name.split('.')[0]) / 1e6
+        macs = score.macs / 1e6
+        slip = ' \\*' if abs(score.published_mflops / macs - 1) > 0.05 else ''
+        size = timm.get_pretrained_cfg(name).input_size[-1]
         rows += [
-            f'| {name} | {release.top1:.1f} | {release.top5:.1f} | {params:.2f} | {macs:.1f} '
-            f'| {release.published_mflops}{slip} | {release.input_size} |']
+            f'| {f"**{name}**" if name == current else name} | {score.top1:.1f} | {score.top5:.1f} | {params:.2f} '
+            f'| {macs:.1f} | {score.published_mflops}{slip} | {size} |']
     return '\n'.join(rows)
 
 
-def make_card(model: torch.nn.Module, release: Release, repo_id: str, git_blob: str) -> ModelCard:
+def make_card(name: str, repo_id: str, git_blob: str) -> ModelCard:
     """Make the model card of a released checkpoint.
 
     Args:
-        model: Its model, in eval mode.
-        release: The checkpoint.
+        name: Architecture and tag.
         repo_id: Repository of the Hub that the usage loads from, 'ORG/NAME'.
         git_blob: Git blob id of the file that the weights were converted from. The published accuracies are left out
             if it is not the release's.
     """
-    architecture = release.name.split('.')[0]
-    cfg = timm.get_pretrained_cfg(release.name)
-    image = torch.zeros(1, *cfg.input_size)
-    with torch.inference_mode():
-        features = model.forward_intermediates(image, intermediates_only=True)
-    tables = f'table {release.table}' if release.table.isdigit() else f'tables {release.table}'
+    architecture = name.split('.')[0]
+    score, cfg = SCORES[name], timm.get_pretrained_cfg(name)
+    model, image = _create_model(architecture), torch.zeros(1, *cfg.input_size, device='meta')
+    features = model.forward_intermediates(image, intermediates_only=True)
+    tables = f'table {score.tables}' if score.tables.isdigit() else f'tables {score.tables}'
 
-    if git_blob == release.git_blob:
+    if git_blob == GIT_BLOBS[name]:
+        commit, path = re.search(r'/raw/(\w+)/(.*)', cfg.url).groups()
         origin = (
-            f"The weights are those of the authors' release, [`{release.path}`]({release.url}) at commit "
-            f'`{COMMIT[:7]}` (git blob `{git_blob}`), its tensors unchanged and named as in timm.')
+            f"The weights are those of the authors' release, [`{path}`]({cfg.url}) at commit `{commit[:7]}` "
+            f'(git blob `{git_blob}`), its tensors unchanged and named as in timm.')
         accuracy = (
-            f'- **Accuracy:** {release.top1:.1f}% top-1, {release.top5:.1f}% top-5, as the authors published it '
+            f'- **Accuracy:** {score.top1:.1f}% top-1, {score.top5:.1f}% top-5, as the authors published it '
             f'([paper]({PAPER}), {tables}; [repository]({cfg.origin_url}))\n')
         results = [
             EvalResult(
@@ -194,7 +204,7 @@ def make_card(model: torch.nn.Module, release: Release, repo_id: str, git_blob: 
                 metric_value=value,
                 source_name=f"The authors' published figures: repository, and {tables} of arXiv:1908.03888",
                 source_url=cfg.origin_url,
-            ) for metric, value in (('Top-1', release.top1), ('Top-5', release.top5))
+            ) for metric, value in (('Top-1', score.top1), ('Top-5', score.top5))
         ]
     else:
         origin = (
@@ -208,21 +218,21 @@ def make_card(model: torch.nn.Module, release: Release, repo_id: str, git_blob: 
         tags=['image-classification', 'timm', 'transformers', 'hbonet'],
         datasets=['imagenet-1k'],
         pipeline_tag='image-classification',
-        model_name=release.name if results else None,
+        model_name=name if results else None,
         eval_results=results,
         architecture=architecture,
     )
     text = _TEMPLATE.format(
-        name=release.name,
+        name=name,
         repo_id=repo_id,
         origin=origin,
         accuracy=accuracy,
         architecture=architecture,
         params=_count_params(architecture) / 1e6,
-        macs=release.macs / 1e6,
-        gmacs=release.macs / 1e9,
+        macs=score.macs / 1e6,
+        gmacs=score.macs / 1e9,
         activations=_count_activations(model, image) / 1e6,
-        size=release.input_size,
+        size=cfg.input_size[-1],
         crop_pct=cfg.crop_pct,
         interpolation=cfg.interpolation,
         paper=PAPER,
@@ -230,6 +240,6 @@ def make_card(model: torch.nn.Module, release: Release, repo_id: str, git_blob: 
         origin_url=cfg.origin_url,
         feature_shapes='\n'.join(f'# {tuple(feature.shape)}' for feature in features),
         num_features=model.num_features,
-        comparison=_compare(release),
+        comparison=_compare(name),
     )
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import sys
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Optional
 
@@ -13,11 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from tqdm import tqdm
 
 from timm_hbonet import __version__
-from timm_hbonet.pretrained import download_release
-from timm_hbonet.releases import RELEASES, Release
+from timm_hbonet.releases import GIT_BLOBS, download_release
+
+# of files, connections and the Hub, whose client has another HTTP library in each of its major versions
+ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)
 
 
-def publish(api: HfApi, release: Release, repo_id: str) -> str:
+def publish(api: HfApi, name: str, repo_id: str) -> str:
     """Upload a released checkpoint, as far as the repository does not have it. Returns what was done."""
     try:
         remote = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in api.get_paths_info(repo_id, list(FILES))}
@@ -25,8 +28,8 @@ def publish(api: HfApi, release: Release, repo_id: str) -> str:
     except RepositoryNotFoundError:
         remote, exists = {}, False
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, release.name)
-        convert(download_release(release), release, repo_id, folder)
+        folder = Path(scratch, name)
+        convert(download_release(name), name, repo_id, folder)
         changed = []
         for file in FILES:
             content = (folder / file).read_bytes()
@@ -37,7 +40,7 @@ def publish(api: HfApi, release: Release, repo_id: str) -> str:
         if not exists:
             api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=changed, commit_message=f'Add {release.name}')
+            repo_id=repo_id, folder_path=folder, allow_patterns=changed, commit_message=f'Add {name}')
     return f'uploaded {", ".join(changed)}'
 
 
@@ -47,8 +50,8 @@ def check_token(api: HfApi) -> Optional[str]:
         api.whoami()
     except LocalTokenNotFoundError:
         return 'there is no token of the Hub. Run `hf auth login`, or set HF_TOKEN to a token with write access.'
-    except Exception as e:  # errors of any HTTP library that huggingface_hub uses
-        if isinstance(e, HfHubHTTPError) and e.response.status_code == 401:
+    except ERRORS as e:
+        if getattr(getattr(e, 'response', None), 'status_code', None) == 401:
             return (
                 f'{api.endpoint} does not accept the token (401), it may have expired or been revoked. '
                 f'Run `hf auth login`, or set HF_TOKEN to a token with write access.')
@@ -78,10 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.namespace and not args.dry_run:
         parser.error('--namespace is required, unless this is a --dry-run')
-    names = [r.name for r in RELEASES]
     for name in args.only or ():
-        if name not in names:
-            parser.error(f'--only: there is no model {name!r}, choose from {", ".join(names)}')
+        if name not in GIT_BLOBS:
+            parser.error(f'--only: there is no model {name!r}, choose from {", ".join(GIT_BLOBS)}')
 
     api = HfApi(library_name='timm_hbonet', library_version=__version__)
     problem = None if args.dry_run else check_token(api)
@@ -89,21 +91,22 @@ def main() -> None:
         sys.exit(f'error: {problem}')
 
     failures = []
-    releases = [r for r in RELEASES if r.name in (args.only or names)]
-    for release in tqdm(releases, unit='model'):
-        repo_id = f'{args.namespace}/{release.name}' if args.namespace else release.hf_hub_id.partition('@')[0]
+    names = [name for name in GIT_BLOBS if name in (args.only or GIT_BLOBS)]
+    for name in tqdm(names, unit='model'):
+        repo_id = f'{args.namespace or "timm"}/{name}'
         try:
-            if args.dry_run:
-                convert(download_release(release), release, repo_id, args.dry_run / release.name)
-                done = f'written to {args.dry_run / release.name}'
+            if not args.dry_run:
+                done = publish(api, name, repo_id)
+            elif convert(download_release(name), name, repo_id, args.dry_run / name):
+                done = f'written to {args.dry_run / name}'
             else:
-                done = publish(api, release, repo_id)
+                done = f'was there already, in {args.dry_run / name}'
             tqdm.write(f'{repo_id}: {done}')
-        except Exception as e:  # whatever is wrong with one must not keep the others from being published
-            failures.append(f'{release.name}: {describe(e)}')
+        except (*ERRORS, RuntimeError, ValueError) as e:  # must not keep the others from being published
+            failures.append(f'{name}: {describe(e)}')
     if failures:
         remedy = 'to write' if args.dry_run else 'to publish'
-        failures.insert(0, f'error: {len(failures)} of {len(releases)} failed, run this again {remedy} them:')
+        failures.insert(0, f'error: {len(failures)} of {len(names)} failed, run this again {remedy} them:')
         sys.exit('\n'.join(failures))
 
 

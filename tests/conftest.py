@@ -1,10 +1,8 @@
 """One small Hub on loopback for all tests, which also plays the site of the authors' release, with recreated weights.
 
-The environment is set before anything that reads it is imported: no test reaches another Hub, the release, or the
-user's caches and tokens. Child processes inherit it.
+The environment is set before anything that reads it is imported: no test reaches another Hub, or the user's caches and
+tokens. Child processes inherit it. The release itself is out of reach where `stand_ins.use()` was called.
 """
-import io
-import json
 import os
 import shutil
 import subprocess
@@ -16,35 +14,13 @@ from typing import Callable, Dict
 
 import pytest
 import reference
+import stand_ins
 import torch
-from hub_server import HubServer, git_blob_id
+from hub_server import HubServer
+from stand_ins import release_file
 
-COMMIT = reference.RELEASE['commit']
 _SERVER = HubServer()
 _HOME = Path(tempfile.mkdtemp(prefix='timm_hbonet_'))
-
-
-@lru_cache(maxsize=None)
-def _release_file(architecture: str) -> bytes:
-    file = io.BytesIO()
-    weights = reference.release_state_dict(architecture, torch.float32)
-    torch.save(weights, file, _use_new_zipfile_serialization=False)  # the authors' format
-    return file.getvalue()
-
-
-def release_file(name: str) -> bytes:
-    """Stand-in for a released checkpoint: recreated weights in the release's layout."""
-    return _release_file(name.split('.')[0])
-
-
-def write_release_table(path: Path, repository: str) -> Path:
-    """Table of releases for TIMM_HBONET_RELEASES, with the digests of the stand-ins."""
-    checkpoints = []
-    for entry in reference.CHECKPOINTS:
-        digests = {'git_blob': git_blob_id(release_file(entry['name'])), 'sha384': None}
-        checkpoints.append({**entry, **digests})
-    path.write_text(json.dumps({**reference.RELEASE, 'repository': repository, 'checkpoints': checkpoints}))
-    return path
 
 
 def pytest_configure() -> None:
@@ -57,10 +33,12 @@ def pytest_configure() -> None:
         HF_HOME=str(_HOME / 'huggingface'),
         HF_HUB_DISABLE_TELEMETRY='1',
         HF_HUB_DISABLE_XET='1',
+        HF_HUB_DOWNLOAD_TIMEOUT='3',
         HF_HUB_ETAG_TIMEOUT='3',
         NO_PROXY=','.join(filter(None, [os.environ.get('NO_PROXY'), '127.0.0.1'])),
         OMP_NUM_THREADS='1',
-        TIMM_HBONET_RELEASES=str(write_release_table(_HOME / 'releases.json', f'{_SERVER.url}/d-li14/HBONet')),
+        TEST_RELEASE_DIGESTS=str(_HOME / 'digests.json'),
+        TEST_RELEASE_URL=_SERVER.url,
         TORCH_HOME=str(_HOME / 'torch'),
     )
     torch.set_num_threads(1)
@@ -71,13 +49,29 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+@lru_cache(maxsize=None)
+def _use_stand_ins() -> None:
+    stand_ins.write_digests()
+    stand_ins.use()
+
+
 @pytest.fixture
-def server() -> HubServer:
-    """The Hub, without repositories, and the site of the release, with all its files."""
+def release_site() -> HubServer:
+    """The server with all files of the release, and a Hub without repositories."""
+    _use_stand_ins()
     _SERVER.reset()
     for entry in reference.CHECKPOINTS:
-        _SERVER.pages[f'/d-li14/HBONet/raw/{COMMIT}/{entry["path"]}'] = release_file(entry['name'])
+        path = f'/d-li14/HBONet/raw/{reference.RELEASE["commit"]}/{entry["path"]}'
+        _SERVER.pages[path] = release_file(entry['name'])
     return _SERVER
+
+
+@pytest.fixture
+def server(release_site: HubServer) -> HubServer:
+    """The server, with weights of all 19 on the Hub for `pretrained=True` in this process and in others."""
+    for entry in reference.CHECKPOINTS:
+        release_site.add_repository(f'timm/{entry["name"]}', {'pytorch_model.bin': release_file(entry['name'])})
+    return release_site
 
 
 @pytest.fixture

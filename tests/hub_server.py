@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, for the real huggingface_hub client to talk to.
 
 It serves and stores model repositories (without Xet: set HF_HUB_DISABLE_XET=1), plays other sites through `pages`, acts
-as an HTTP proxy for plain http addresses, logs its requests, and misbehaves where it is told to by `fail`.
+as an HTTP proxy for plain http addresses (and refuses https), logs its requests, and misbehaves where `fail` tells it.
 
     with HubServer() as server:
         server.add_repository('org/name', {'config.json': b'{}'})
@@ -69,7 +69,8 @@ class Repository:
 
     def commit(self, revision: str, files: Dict[str, bytes]) -> str:
         parent = self.refs.get(revision, '')
-        digest = hashlib.sha1(f'{parent}{len(self.commits)}'.encode()).hexdigest()
+        tree = [(path, _sha1(content)) for path, content in files.items()]  # clients take a commit for its content
+        digest = _sha1(f'{parent}{len(self.commits)}{tree}'.encode())
         self.commits[digest] = dict(files)
         self.refs[revision] = digest
         return digest
@@ -182,6 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
+
+    def do_CONNECT(self) -> None:
+        with self.hub.lock:
+            self.hub.requests.append(Request(self.command, self.path, {}))
+        self.send_error(502, 'This proxy has no way to there')
 
     def _read_body(self) -> bytes:
         length = int(self.headers.get('Content-Length', 0))

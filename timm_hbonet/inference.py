@@ -65,12 +65,9 @@ def _lay_out_all(layers: List[RepConvNormAct], in_layout: Layout, out_layout: La
 
 def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
     """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
-    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
-    for i, channel in enumerate(out_layout):
-        if channel >= 0:
-            weight[i, in_layout.index(channel)] = 1.
     conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
-    conv.weight = nn.Parameter(weight, requires_grad=False)
+    weight = like.new_tensor([[float(0 <= c == d) for d in in_layout] for c in out_layout])
+    conv.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
     return conv
 
 

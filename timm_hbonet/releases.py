@@ -42,13 +42,10 @@ GIT_BLOBS: Dict[str, str] = {
     'hbonet_025_8x_d8.in1k': 'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
 }
 # of the content, from the Open Model Zoo, which has three of them
-SHA384: Dict[str, str] = {
-    'hbonet_100.in1k':
-        '27ea1715505128c6dd1cf22cc57e629b0f8c2acf7f9246894c5c003091b415e3f494cee156c7dbd330f5d6affce700ab',
-    'hbonet_050.in1k':
-        '3aeecf2621a52826a166bb9c7b0fb300964da0af407b63e3cf979e775510144fc38931fd9a08cf724fe3139fc878d4db',
-    'hbonet_025.in1k':
-        '836c1fe7b0e1ba55db92e7e1deb15641afac1f3ac7975d8a7bfa7bd08e407d4a7664b2eb7149553f1e241cd424adb5fc',
+SHA384 = {
+    'hbonet_100': '27ea1715505128c6dd1cf22cc57e629b0f8c2acf7f9246894c5c003091b415e3f494cee156c7dbd330f5d6affce700ab',
+    'hbonet_050': '3aeecf2621a52826a166bb9c7b0fb300964da0af407b63e3cf979e775510144fc38931fd9a08cf724fe3139fc878d4db',
+    'hbonet_025': '836c1fe7b0e1ba55db92e7e1deb15641afac1f3ac7975d8a7bfa7bd08e407d4a7664b2eb7149553f1e241cd424adb5fc',
 }
 
 
@@ -63,22 +60,14 @@ def get_release_name(cfg: timm.models.PretrainedCfg) -> str:
 
 
 def check_release(path: Path, name: str) -> str:
-    """Say what is wrong with a file that should be the released checkpoint `name`, without opening it as a checkpoint.
-
-    Args:
-        path: The file.
-        name: Architecture and tag.
-
-    Returns:
-        What is wrong, '' if nothing.
-    """
+    """Compare a file with the digests of the checkpoint `name`, unopened. Returns what is wrong, '' if nothing."""
     try:
         content = path.read_bytes()
     except OSError as e:
         return f'{type(e).__name__}: {e.strerror}'
     for digest, found, expected in (
             ('git blob id', hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), GIT_BLOBS[name]),
-            ('SHA-384', hashlib.sha384(content).hexdigest(), SHA384.get(name)),
+            ('SHA-384', hashlib.sha384(content).hexdigest(), SHA384.get(name.removesuffix('.in1k'))),
     ):
         if expected and found != expected:
             return f'the {digest} is {found}, not {expected}, of {len(content)} bytes that start with {content[:20]!r}'
@@ -86,26 +75,17 @@ def check_release(path: Path, name: str) -> str:
 
 
 def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
-    """Where the released checkpoint `name` is kept: a name of our own, which ends with the start of the git blob id.
-
-    Args:
-        name: Architecture and tag.
-        cache_dir: Folder, by default that of torch.hub.
-    """
+    """Where the checkpoint `name` is kept, by default in torch.hub's folder, under a name of our own."""
     folder = cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
     stem, extension = os.path.splitext(os.path.basename(timm.models.get_pretrained_cfg(name).url))
     return Path(folder, f'{stem}-{GIT_BLOBS[name][:8]}{extension}')
 
 
 def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
-    """Get the released checkpoint `name`, from the cache or the authors' repository, verified.
-
-    Args:
-        name: Architecture and tag.
-        cache_dir: Folder, by default that of torch.hub.
+    """Get the checkpoint `name` from the cache or the authors' repository, verified.
 
     Raises:
-        OSError: If the file cannot be downloaded, verified, or written. No file is left behind then.
+        OSError: If it cannot be downloaded, verified, or written. No file is left behind then.
     """
     path = get_release_path(name, cache_dir)
     problem = check_release(path, name)
@@ -130,7 +110,7 @@ def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) ->
 
 # Convolutions of a block by their numbers in the release, where a norm follows each. An inverted residual has 2 or 3 of
 # them, a harmonious bottleneck 4, 6 or 8 at rates of 2, 4 and 8.
-_RELEASE_CONVS = {
+BLOCK_CONVS = {
     2: {0: 'conv_dw', 3: 'conv_pwl'},
     3: {0: 'conv_pw', 3: 'conv_dw', 6: 'conv_pwl'},
     4: {0: 'contract.conv_dw1', 2: 'contract.conv_pw1', 5: 'conv_dw', 8: 'conv_pwl'},
@@ -141,44 +121,34 @@ _RELEASE_CONVS = {
 }
 
 
-def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the tensors of the release's layout to those of `HBONet`, in place. A hook of `load_state_dict`.
-
-    Args:
-        model: nn.Module that they are for.
-        state_dict: Tensors by name.
-        prefix: What the names start with, where the model is part of another.
-
-    Raises:
-        RuntimeError: If the model has another spatial expansion than the release.
-    """
-    if f'{prefix}features.0.0.weight' not in state_dict:
-        return
-    if model.spatial_expansion != 'nearest':
-        raise RuntimeError(
-            f"The released weights are for `spatial_expansion='nearest'`, got {model.spatial_expansion!r}. "
-            f'Use that, or train this model from scratch.')
-
-    convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
-    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
-    for i, (name, block) in enumerate(blocks, 1):
-        names = [k for k, m in block.named_modules() if isinstance(m, ConvNormAct)]
-        if names == ['']:
-            convs[f'features.{i}', 0] = name
-        if 'conv_dw_end' in names:
-            names.remove('conv_dw_end')
-            convs[f'features.{i}.upconv', 0] = f'{name}.conv_dw_end'
-        for number, conv in _RELEASE_CONVS.get(len(names), {}).items():
-            convs[f'features.{i}.conv', number] = f'{name}.{conv}'
-    layers = {f'{k}.{number}': f'{name}.conv' for (k, number), name in convs.items()}
-    layers.update({f'{k}.{number + 1}': f'{name}.bn' for (k, number), name in convs.items()})
-    for key in [k for k in state_dict if k.startswith(prefix)]:
-        layer, _, tensor = key[len(prefix):].rpartition('.')
-        state_dict[f'{prefix}{layers.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
     """Rename the tensors of a checkpoint in the release's layout, before timm adapts stem and classifier by name."""
     state_dict = dict(state_dict)
     rename_release(model, state_dict, '')
     return state_dict
+
+
+def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename the tensors of the release's layout to those of an `HBONet`, in place. A hook of `load_state_dict`."""
+    if f'{prefix}features.0.0.weight' not in state_dict:
+        return
+    if model.spatial_expansion != 'nearest':
+        raise RuntimeError(
+            f"The released weights are for spatial_expansion='nearest', got {model.spatial_expansion!r}. "
+            f'Use that, or train this model from scratch.')
+    convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    for i, (name, block) in enumerate(blocks, 1):
+        layers = [k for k, m in block.named_modules() if isinstance(m, ConvNormAct)]
+        if layers == ['']:
+            convs[f'features.{i}', 0] = name
+        if 'conv_dw_end' in layers:
+            layers.remove('conv_dw_end')
+            convs[f'features.{i}.upconv', 0] = f'{name}.conv_dw_end'
+        for number, layer in BLOCK_CONVS.get(len(layers), {}).items():
+            convs[f'features.{i}.conv', number] = f'{name}.{layer}'
+    names = {f'{k}.{number}': f'{name}.conv' for (k, number), name in convs.items()}
+    names.update({f'{k}.{number + 1}': f'{name}.bn' for (k, number), name in convs.items()})
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        layer, _, tensor = key[len(prefix):].rpartition('.')
+        state_dict[f'{prefix}{names.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
