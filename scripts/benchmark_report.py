@@ -3,11 +3,13 @@
 benchmark.json. benchmark.py does so at its end; run this after a change of the report."""
 import argparse
 import io
+import itertools
 import json
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 try:
     import pandas as pd
@@ -17,6 +19,7 @@ except ModuleNotFoundError as e:
     sys.exit(f"benchmark_report.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
 
 PEERS = ('mobilenetv2_100', 'mobilenetv3_large_100')
+TIMES = ['median_ms', 'lower_quartile_ms', 'upper_quartile_ms']
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -54,6 +57,19 @@ def compute_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(ratios, index=times.columns).T.rename_axis(['model', 'over'])
 
 
+def format_profile(profile: Dict[str, Any]) -> str:
+    """Format what ONNX Runtime's profiler counted and timed by type of node."""
+    rows = pd.DataFrame(
+        [(model, name, *values) for model, types in profile.items() for name, values in types.items()],
+        columns=['model', 'type', 'exported', 'optimized', 'ms'])
+    rows['cell'] = [f'{row.exported} / {row.optimized} / {row.ms:.2f}' for row in rows.itertuples()]
+    table = pivot(rows, 'cell', 'type')
+    outside = rows.assign(ms=rows['ms'].where(~rows['type'].str.contains('Conv'), 0))
+    for title, counted in (('outside convolutions', outside), ('all', rows)):
+        table.insert(0, title, counted.groupby('model')['ms'].sum().map('{:.2f}'.format))
+    return to_markdown(table)
+
+
 def format_report(report: Dict[str, Any]) -> str:
     """Format a report as Markdown."""
     machine, settings = report['machine'], report['settings']
@@ -61,94 +77,81 @@ def format_report(report: Dict[str, Any]) -> str:
     failed, rows = rows[rows['error'].notna()], rows[rows['error'].isna()]
     text = [
         '# Benchmark of HBONet and its peers',
-        f"{machine['gpu'] or machine['cpu']} ({machine['instructions']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB), threads: {machine['threads']}, {machine['os']}.",
-        f"Instruction sets: {' '.join(machine['flags'])}.",
+        f"{machine['gpu'] or machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), threads: "
+        f"{machine['threads']}, {machine['os']}. Instruction sets: {' '.join(machine['flags'])}.",
         ', '.join([
             *(f'{name} {version}' for name, version in machine['versions'].items()),
             *(f'{name}={value}' for name, value in machine['environment'].items())]) + '.',
-        f"Random weights, images of 224 x 224, medians and quartiles of {settings['rounds']} interleaved rounds. `reparam`, "
-        "`compiled` and the runtimes take what timm's `reparameterize_model` returns, which is the same network where "
-        'there is nothing to fold.',
+        f"Random weights, images of 224 x 224, medians and quartiles of {settings['rounds']} interleaved rounds. "
+        "`reparam`, `compiled` and the runtimes take what timm's `reparameterize_model` returns, which is the same "
+        'network where there is nothing to fold.',
     ]
     for part, found in rows[rows['part'] != 'growth'].groupby('part', sort=False):
-        products, found = found[found['model'] == 'matmul'], found[found['model'] != 'matmul']
-        cells = [
-            f'{median:.2f} ({lower:.2f} to {upper:.2f})' for median, lower, upper in
-            zip(found['median_ms'], found['lower_quartile_ms'], found['upper_quartile_ms'], strict=True)]
-        text += [
-            f'## {part.capitalize()}',
-            '### Median time in ms (quartiles)', to_markdown(pivot(found.assign(cell=cells), 'cell'))]
+        product, found = found[found['model'] == 'matmul'], found[found['model'] != 'matmul']
+        speed = product.set_index('mode')['gflops_per_second']
+        found = found.assign(
+            time=[f'{x:.2f} ({low:.2f} to {high:.2f})' for x, low, high in found[TIMES].itertuples(index=False)],
+            memory=found['peak_memory_bytes'].astype(float) / 2 ** 20,
+            share=found['gflops_per_second'] / [
+                speed.get('float16' if mode.endswith('_amp') else 'float32', math.nan) for mode in found['mode']])
+        text += [f'## {part.capitalize()}', '### Median time in ms (quartiles)', to_markdown(pivot(found, 'time'))]
         ratios = compute_ratios(found)
         if len(ratios):
             text += ['### Ratios of median times, below 1 where HBONet is faster', to_markdown(ratios, '.3f')]
-        speeds = ', '.join(f'{row.gflops_per_second:.1f} in {row.mode}' for row in products.itertuples())
         text += [
             '### Speed as a share of the dense matrix product',
-            f'Of its GFLOP/s in the same rounds, {speeds}. A multiply-add is 2 FLOPs, a training step 3 forward passes.',
-            to_markdown(pivot(found, 'share_of_matmul'), '.1%')]
-        memory = found[found['peak_memory_bytes'].notna()]
-        if len(memory):
+            f"Of its GFLOP/s in the same rounds, {', '.join(f'{x:.1f} in {name}' for name, x in speed.items())}. "
+            'A multiply-add is 2 FLOPs, a training step 3 forward passes.', to_markdown(pivot(found, 'share'), '.1%')]
+        if found['memory'].notna().any():
             text += [
-                '### Peak memory in MiB', "Most bytes of tensors at once, besides weights and images, as torch's "
-                'allocator tells.', to_markdown(pivot(memory, 'peak_memory_bytes') / 2 ** 20, '.1f')]
-    if report['profiles']:
-        nodes = pd.DataFrame([
-            dict(model=model, type=name, **counts)
-            for model, types in report['profiles'].items() for name, counts in types.items()])
-        nodes['cell'] = [f'{row.optimized}: {row.ms:.2f}' if row.optimized else None for row in nodes.itertuples()]
-        outside = nodes[~nodes['type'].str.contains('Conv')].groupby('model')['ms'].sum()
-        table = pivot(nodes[nodes['optimized'] > 0], 'cell', 'type')
-        table.insert(0, 'all', [f'{value:.2f}' for value in nodes.groupby('model')['ms'].sum()[table.index]])
-        table.insert(1, 'outside convolutions', [f'{outside.get(model, 0):.2f}' for model in table.index])
-        text += [
-            '## ONNX nodes', 'Nodes of the exported model, by type.',
-            to_markdown(pivot(nodes[nodes['exported'] > 0], 'exported', 'type'), '.0f'),
-            "## ONNX Runtime's profile", f"Milliseconds of a call at batch size {settings['batch_sizes'][-1]}; then "
-            'for each type of the optimized graph the number of nodes, and their milliseconds.', to_markdown(table)]
-    if len(failed):
-        text += ['## Failures', '\n'.join(
-            f'* {row.model}, {row.mode}, {row.part}, image size {row.image_size}: {row.error}'
-            for row in failed.itertuples())]
+                '### Peak memory in MiB', "Most bytes of tensors at once, besides weights and images. Only PyTorch's "
+                'allocator can tell.', to_markdown(pivot(found.dropna(subset='memory'), 'memory'), '.1f')]
+        if report['profiles'].get(part):
+            text += [
+                "### ONNX Runtime's profile", 'Milliseconds of a call. By type: nodes in the ONNX model / in the graph '
+                'that ONNX Runtime makes of it / milliseconds.', format_profile(report['profiles'][part])]
+    failures = [f'{row.model}, {row.mode}, {row.part}: {row.error}' for row in failed.itertuples()]
+    for title, lines in (('Failures', failures), ('Skipped', settings['skipped'])):
+        if lines:
+            text += [f'## {title}', '\n'.join(f'* {line}' for line in lines)]
     return '\n\n'.join(text) + '\n'
 
 
 def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
     """Draw top-1 against latency, by batch size."""
     top1 = {name.split('.')[0]: value for name, value in top1.items()}
+    rows = rows[rows['model'].isin(top1)]
+    rows = rows.assign(top1=rows['model'].map(top1), ours=rows['model'].str.startswith('hbonet_')).sort_values('top1')
     parts = list(rows.groupby('batch_size'))
-    figure = Figure(figsize=(8 * len(parts), 7), dpi=110, layout='constrained')
+    figure = Figure(figsize=(7 * len(parts) + 2, 6), dpi=110, layout='constrained')
     figure.suptitle('Top-1 on ImageNet-1k as published: HBONet by its authors, the others by timm')
     for axes, (batch_size, found) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        times = {row.model: row.median_ms for row in found.sort_values('median_ms').itertuples() if row.model in top1}
-        ours = [name for name in times if name.startswith('hbonet_')]
-        main = [name for name in ours if name.count('_') == 1]
-        axes.plot([times[name] for name in main], [top1[name] for name in main], 'k-', label='HBONet')
-        for name in ours:
-            axes.plot(times[name], top1[name], 'ko' if name in main else 'kx')
-            axes.annotate(
-                name.removeprefix('hbonet_'), (times[name], top1[name]), xytext=(6, -12), textcoords='offset points')
-        for marker, name in zip('osD^vP*X<>' * len(times), [name for name in times if name not in ours], strict=False):
-            axes.plot(times[name], top1[name], marker, markersize=8, label=name)
-        axes.set(title=f"{found['mode'].iloc[0]}, batch size {batch_size}", xlabel='median latency in ms', ylabel='top-1 in %')
+        ours = found[found['ours']]
+        line = ours[ours['model'].str.fullmatch(r'hbonet_\d+')]
+        axes.plot(line['median_ms'], line['top1'], 'k-')
+        axes.plot(ours['median_ms'], ours['top1'], 'ko', label='hbonet')
+        for row in ours.itertuples():
+            axes.annotate(row.model[7:], (row.median_ms, row.top1), xytext=(6, -12), textcoords='offset points')
+        for row, marker in zip(found[~found['ours']].itertuples(), itertools.cycle('sD^vP*X<>p'), strict=False):
+            axes.plot(row.median_ms, row.top1, marker, markersize=8, label=row.model)
+        axes.set(
+            title=f"{found['mode'].iloc[0]}, batch size {batch_size}", xlabel='median latency in ms', ylabel='top-1 in %')
         axes.grid(alpha=0.3)
-        axes.legend(loc='lower right')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
     return figure
 
 
 def draw_growth(rows: pd.DataFrame) -> Figure:
     """Draw time against batch size and against image size."""
     figure = Figure(figsize=(14, 6), dpi=110, layout='constrained')
-    for axes, quantity, other in zip(
-            figure.subplots(1, 2), ('batch_size', 'image_size'), ('image_size', 'batch_size'), strict=True):
-        fixed = 224 if other == 'image_size' else 1
+    for axes, quantity, other, fixed in zip(
+            figure.subplots(1, 2), ('batch_size', 'image_size'), ('image_size', 'batch_size'), (224, 1), strict=True):
         table = rows[rows[other] == fixed].pivot(index=quantity, columns='model', values='median_ms')
-        table.plot(ax=axes, style='o-', logx=True, logy=True, grid=True)
+        table.plot(ax=axes, style='o-', loglog=True, grid=True)
         axes.set_xticks(table.index, table.index)
         axes.set_xticks([], minor=True)
-        axes.set(
-            xlabel=quantity.replace('_', ' '), ylabel='median time in ms',
-            title=f"reparam, {other.replace('_', ' ')} {fixed}")
+        quantity, other = quantity.replace('_', ' '), other.replace('_', ' ')
+        axes.set(xlabel=quantity, ylabel='median time in ms', title=f'reparam, {other} {fixed}')
     return figure
 
 
@@ -156,22 +159,23 @@ def write_report(folder: Path) -> str:
     """Write tables and pictures into a folder that has benchmark.json, and return the tables."""
     report = json.loads((folder / 'benchmark.json').read_text(encoding='utf-8'))
     text = format_report(report)
-    replace_file(folder / 'benchmark.md', text.encode())
     rows = pd.DataFrame(**report['results'])
     rows = rows[rows['error'].isna() & (rows['model'] != 'matmul')]
     growth, rows = rows[rows['part'] == 'growth'], rows[rows['part'].str.startswith('batch size')]
-    preferred = [mode for mode in ('onnxruntime', 'reparam', *rows['mode']) if mode in set(rows['mode'])]
-    pictures = {
-        'accuracy_latency.png': draw_accuracy(rows[rows['mode'] == preferred[0]], report['top1']) if preferred else None,
-        'growth.png': draw_growth(growth) if len(growth) else None,
-    }
-    for name, figure in pictures.items():
+    rows = rows[rows['model'].isin({name.split('.')[0] for name in report['top1']})]
+    mode = next((mode for mode in ('onnxruntime', 'reparam', *rows['mode']) if mode in set(rows['mode'])), None)
+    files = {'benchmark.md': text.encode()}
+    for name, figure in (
+            ('accuracy_latency.png', mode and draw_accuracy(rows[rows['mode'] == mode], report['top1'])),
+            ('growth.png', len(growth) and draw_growth(growth)),
+    ):
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
         if figure:
-            content = io.BytesIO()
-            figure.savefig(content)
-            replace_file(folder / name, content.getvalue())
-        else:  # of an earlier run
-            (folder / name).unlink(missing_ok=True)
+            picture = io.BytesIO()
+            figure.savefig(picture)
+            files[name] = picture.getvalue()
+    for name, content in files.items():
+        replace_file(folder / name, content)
     return text
 
 
