@@ -1,25 +1,19 @@
 #!/usr/bin/env python3
 """Measure speed and memory of HBONets, of their peers in timm and of the authors' code, side by side.
 
-Writes benchmark.json and benchmark.csv, then what benchmark_report.py makes of them: tables and pictures.
-
-The networks of a batch size are built, warmed up, and timed once a round, each round in another order. The results are
-medians and quartiles. An inference call follows an untimed one, as if it were one of many. The same rounds time a dense
-matrix product on the same threads, and each speed is given as a share of its. Weights are random, nothing is
-downloaded. All widths: --models 'hbonet_*'.
+Writes benchmark.json and benchmark.csv, then what benchmark_report.py makes of them. Weights are random, nothing is
+downloaded. All networks of a batch size take turns, each round in another order; an inference call follows an untimed
+one, as if it were one of many. The same rounds time a dense matrix product on the same threads.
 
 Modes, inference in float32 if not said otherwise:
   eager                as timm creates it, NCHW
   channels_last        the same in channels_last
   reparam              timm.utils.reparameterize_model, in channels_last
-  compiled             torch.compile of that, for a fixed shape
-  compiled_freezing    the same with inductor's freezing of weights
+  compiled             torch.compile of that, for a fixed shape; compiled_freezing: with inductor's freezing of weights
   onnxruntime          ONNX of the re-parameterized model, fixed shape, opset 18 (CPU), with a profile by operator
   openvino             the same ONNX (CPU)
-  eager_amp, channels_last_amp, reparam_amp
-                       under float16 autocast (CUDA)
-  train, train_channels_last
-                       forward, cross entropy, backward, SGD with momentum
+  eager_amp, channels_last_amp, reparam_amp: under float16 autocast (CUDA)
+  train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 
 The exit status is 1 if a network failed in a mode; the others are reported all the same. Run it on a machine that does
 nothing else: the default takes one to two hours on 2 cores. Figures on a CPU depend on the memory allocator: glibc
@@ -28,16 +22,14 @@ MALLOC_TOP_PAD_=1000000000 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRES
 """
 import argparse
 import collections
-import contextlib
 import copy
-import csv
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -64,7 +56,8 @@ from timm_hbonet.hbonet import checkpoint_filter_fn
 from timm_hbonet.releases import RELEASES
 
 try:
-    from benchmark_report import replace_file, write_report
+    import pandas as pd
+    from benchmark_report import TIMES, replace_file, write_report
     from tqdm import tqdm
 except ModuleNotFoundError as e:
     sys.exit(f"benchmark.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
@@ -77,6 +70,7 @@ PEERS = {
     'starnet_s1.in1k': 73.532,
 }
 TOP1 = {**PEERS, **{release.name: release.top1 for release in RELEASES if release.name.endswith('.in1k')}}
+MODELS = ['hbonet_*', *(name.split('.')[0] for name in PEERS)]
 IMAGE_SIZE = 224
 MATMUL_SIZE = {'cpu': 2048, 'cuda': 8192}
 GROWTH_MODELS = ('hbonet_100', 'mobilenetv2_100', 'mobilenetv3_large_100')
@@ -136,21 +130,39 @@ def export_onnx(network: nn.Module, shape: torch.Size) -> Any:
     return torch.onnx.export(network, (images,), dynamo=True, opset_version=18, verbose=False).model_proto
 
 
-def create_session(network: nn.Module, shape: torch.Size, threads: int, profile: Optional[Path] = None) -> Any:
+def open_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int, profile: Optional[Path] = None) -> Tuple:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # spinning disturbs who comes next
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    model = export_onnx(network, shape).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    model = export_onnx(network, images.shape).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    return session, {session.get_inputs()[0].name: images.numpy()}
 
 
 def run_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], Any]:
-    session = create_session(network, images.shape, threads)
-    feed = {session.get_inputs()[0].name: images.numpy()}
+    session, feed = open_onnxruntime(network, images, threads)
     return lambda: session.run(None, feed)
+
+
+def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Dict[str, List[float]]:
+    """Nodes in the ONNX model, nodes in ONNX Runtime's graph, and their milliseconds in a call, by type of node."""
+    with tempfile.TemporaryDirectory() as folder:
+        session, feed = open_onnxruntime(network, images, threads, Path(folder, 'profile'))
+        for _ in range(PROFILED_CALLS + 1):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
+    calls = [event for event in events if event['cat'] == 'Node' and event['name'].endswith('_kernel_time')]
+    per_call = len(calls) // (PROFILED_CALLS + 1)
+    types = collections.defaultdict(lambda: [0, 0, 0.])
+    for node in export_onnx(network, images.shape).graph.node:
+        types[node.op_type][0] += 1
+    for i, event in enumerate(calls[per_call:]):  # without the first call
+        types[event['args']['op_name']][1] += i < per_call
+        types[event['args']['op_name']][2] += event['dur'] / PROFILED_CALLS / 1e3
+    return types
 
 
 def run_openvino(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], Any]:
@@ -168,14 +180,6 @@ def run_openvino(network: nn.Module, images: torch.Tensor, threads: int) -> Call
 
 
 # a mode is a function of network, images and number of threads, that returns the call to time
-TRAINING = {'train': train, 'train_channels_last': functools.partial(train, channels_last=True)}
-AMP = {
-    'eager_amp': functools.partial(infer, channels_last=False, autocast=True),
-    'channels_last_amp': functools.partial(infer, autocast=True),
-    'reparam_amp': functools.partial(infer, reparameterize=True, autocast=True),
-}
-RUNTIMES = {'onnxruntime': run_onnxruntime, 'openvino': run_openvino}
-PACKAGES = {'onnxruntime': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino')}
 PYTORCH = {
     'eager': functools.partial(infer, channels_last=False),
     'channels_last': infer,
@@ -183,12 +187,12 @@ PYTORCH = {
     'compiled': functools.partial(infer, reparameterize=True, compiler_options={}),
     'compiled_freezing': functools.partial(infer, reparameterize=True, compiler_options={'freezing': True}),
 }
+AMP = {f'{name}_amp': functools.partial(PYTORCH[name], autocast=True) for name in ('eager', 'channels_last', 'reparam')}
+TRAINING = {'train': train, 'train_channels_last': functools.partial(train, channels_last=True)}
+RUNTIMES = {'onnxruntime': run_onnxruntime, 'openvino': run_openvino}
+PACKAGES = {name: ('onnx', 'onnxscript', name) for name in RUNTIMES}
 MODES = {'cpu': {**PYTORCH, **RUNTIMES, **TRAINING}, 'cuda': {**PYTORCH, **AMP, **TRAINING}}
-PRODUCTS = {name: functools.partial(multiply, dtype=getattr(torch, name)) for name in ('float32', 'float16')}
-
-
-def describe_error(error: Exception) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+MATMUL = {name: functools.partial(multiply, dtype=getattr(torch, name)) for name in ('float32', 'float16')}
 
 
 @functools.lru_cache(maxsize=None)
@@ -223,10 +227,9 @@ class Candidate:
     mode: str
     batch_size: int
     image_size: int = IMAGE_SIZE
-    call: Optional[Callable[[], Any]] = None
-    peak_memory: Optional[int] = None
     seconds: List[float] = field(default_factory=list)
-    profile: Dict[str, List[float]] = field(default_factory=dict)
+    peak_memory: float = math.nan
+    profile: Optional[Dict[str, List[float]]] = None
     error: Optional[str] = None
 
     def attempt(self, action: Callable[..., None], *args: Any) -> None:
@@ -238,8 +241,8 @@ class Candidate:
             self.error = describe_error(e)
 
     def build(self, device: str, threads: int) -> None:
-        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
-        self.call = {**MODES[device], **PRODUCTS}[self.mode](self.network, images, threads)
+        self.images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
+        self.call = {**MODES[device], **MATMUL}[self.mode](self.network, self.images, threads)
         self.call()
         if self.network and self.mode not in RUNTIMES:
             self.peak_memory = measure_peak_memory(self.call, device)
@@ -251,52 +254,40 @@ class Candidate:
         self.call()
         self.seconds.append(timer() - start)
 
-    def profile_onnxruntime(self, threads: int) -> None:
-        """Nodes by type in the ONNX model and in ONNX Runtime's optimized graph, and their milliseconds in a call."""
-        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
-        with tempfile.TemporaryDirectory() as folder:
-            session = create_session(self.network, images.shape, threads, Path(folder, 'profile'))
-            for _ in range(PROFILED_CALLS + 1):
-                session.run(None, {session.get_inputs()[0].name: images.numpy()})
-            events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
-        nodes = [event for event in events if event['cat'] == 'Node' and event['name'].endswith('_kernel_time')]
-        exported = collections.Counter(node.op_type for node in export_onnx(self.network, images.shape).graph.node)
-        optimized, times = collections.Counter(), collections.Counter()
-        for event in nodes[len(nodes) // (PROFILED_CALLS + 1):]:  # without the first call
-            optimized[event['args']['op_name']] += 1
-            times[event['args']['op_name']] += event['dur'] / PROFILED_CALLS / 1e3
-        for name in {**exported, **optimized}:
-            self.profile[name] = [exported[name], optimized[name] // PROFILED_CALLS, times[name]]
+    def profile_runtime(self, threads: int) -> None:
+        if self.mode == 'onnxruntime':
+            self.profile = profile_onnxruntime(self.network, self.images, threads)
 
     def summarize(self, part: str, device: str) -> Dict[str, Any]:
-        lower, median, upper = np.quantile(self.seconds, (0.25, 0.5, 0.75)).tolist() if not self.error else [None] * 3
+        times = 1e3 * np.quantile([math.nan] if self.error else self.seconds, (0.5, 0.25, 0.75))
         # a backward pass has the gradients of inputs and of weights, each at the cost of the forward pass
         passes = self.batch_size * (3 if self.mode in TRAINING else 1)
         flops = passes * count_flops(self.network, self.image_size) if self.network else 2 * MATMUL_SIZE[device] ** 3
         return dict(
             part=part, model=self.model, mode=self.mode, batch_size=self.batch_size, image_size=self.image_size,
-            median_ms=median and 1e3 * median, lower_quartile_ms=lower and 1e3 * lower,
-            upper_quartile_ms=upper and 1e3 * upper, gflops_per_second=median and flops / median / 1e9,
+            **dict(zip(TIMES, times.tolist(), strict=True)), gflops_per_second=flops / times[0] / 1e6,
             peak_memory_bytes=self.peak_memory, error=self.error)
 
 
 def run(part: str, candidates: List[Candidate], args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Time candidates and the matrix product in turn, and return a row of results each."""
-    precisions = list(PRODUCTS) if any(c.mode in AMP for c in candidates) else ['float32']
-    candidates += [Candidate('matmul', None, precision, candidates[0].batch_size) for precision in precisions]
-    for candidate in tqdm(candidates, desc=f'{part}, building', unit='candidate'):
+    precisions = list(MATMUL) if any(c.mode in AMP for c in candidates) else ['float32']
+    everyone = [*(Candidate('matmul', None, name, candidates[0].batch_size) for name in precisions), *candidates]
+    for candidate in tqdm(everyone, desc=f'{part}, building', unit='candidate'):
         candidate.attempt(candidate.build, args.device, args.threads)
     order = random.Random(0)
     for _ in tqdm(range(args.rounds), desc=f'{part}, timing', unit='round'):
-        for candidate in order.sample(candidates, len(candidates)):
+        for candidate in order.sample(everyone, len(everyone)):
             candidate.attempt(candidate.time)
-    for candidate in candidates:
-        if candidate.mode == 'onnxruntime':
-            candidate.attempt(candidate.profile_onnxruntime, args.threads)
-        candidate.call = None
+    for candidate in everyone:
+        candidate.attempt(candidate.profile_runtime, args.threads)
+        candidate.call = candidate.images = None
     torch.compiler.reset()
-    gc.collect()
-    return [candidate.summarize(part, args.device) for candidate in candidates]
+    return [candidate.summarize(part, args.device) for candidate in everyone]
+
+
+def describe_error(error: Exception) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
 def create_network(create: Callable[[], nn.Module]) -> nn.Module:
@@ -330,16 +321,14 @@ def create_reference(path: Path, name: str, network: nn.Module) -> nn.Module:
 
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     capabilities = dict(getattr(torch.cpu, 'get_capabilities', dict)())  # not in older versions of torch
-    versions = {'python': platform.python_version()}
-    for package in ('torch', 'timm', 'timm-hbonet', 'onnx', 'onnxscript', *RUNTIMES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    packages = ('torch', 'timm', 'timm-hbonet', 'onnx', 'onnxscript', *RUNTIMES)
     return dict(
         gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,
         cpu=capabilities.get('cpu_name') or platform.processor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         flags=sorted(name for name, value in capabilities.items() if value is True),
-        cores=os.cpu_count(), threads=args.threads, os=platform.platform(), versions=versions,
+        cores=os.cpu_count(), threads=args.threads, os=platform.platform(), python=platform.python_version(),
+        versions={d.name: d.version for d in importlib.metadata.distributions() if d.name in packages},
         environment={k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'GLIBC_', 'LD_PRELOAD', 'OMP_'))})
 
 
@@ -359,34 +348,31 @@ def measure(networks: Dict[str, nn.Module], args: argparse.Namespace) -> Dict[st
         machine=describe_machine(args),
         settings={k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != 'output'},
         top1={name: value for name, value in TOP1.items() if name.split('.')[0] in names},
-        results=dict(columns=list(rows[0]), data=[list(row.values()) for row in rows]),
+        results=json.loads(pd.DataFrame(rows).to_json(orient='split', index=False)),
         profiles={part: {c.model: c.profile for c in chosen if c.profile} for part, chosen in candidates.items()})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument('output', type=Path, metavar='OUTPUT_FOLDER', help='folder for the results')
-    parser.add_argument(
-        '--models', nargs='+', metavar='NAME', default=['hbonet_*', *(name.split('.')[0] for name in PEERS)],
-        help='names or wildcards (default: all HBONets, and 10 peers)')
-    parser.add_argument(
-        '--modes', nargs='+', metavar='MODE',
-        help='(default: all but compiled_freezing, and but runtimes that are not installed)')
-    parser.add_argument(
-        '--batch-sizes', nargs='+', type=int, metavar='N', default=[1, 16], help='for inference (default: 1 16)')
-    parser.add_argument('--train-batch-size', type=int, default=32, metavar='N', help='(default: %(default)s)')
-    parser.add_argument(
-        '--threads', type=int, default=torch.get_num_threads(), metavar='N', help='CPU threads (default: %(default)s)')
-    parser.add_argument(
-        '--rounds', type=int, default=15, metavar='N', help='timed calls of each candidate (default: %(default)s)')
-    parser.add_argument('--device', choices=list(MODES), default='cpu', help='(default: %(default)s)')
+    parser.add_argument('--models', nargs='+', metavar='NAME', default=MODELS, help='names or wildcards')
+    parser.add_argument('--modes', nargs='+', metavar='MODE', help='all but compiled_freezing, if none is given')
+    parser.add_argument('--batch-sizes', nargs='+', type=int, metavar='N', default=[1, 16], help='for inference')
+    parser.add_argument('--train-batch-size', type=int, default=32, metavar='N', help='for training')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='CPU threads')
+    parser.add_argument('--rounds', type=int, default=15, metavar='N', help='timed calls of each network')
+    parser.add_argument('--device', choices=list(MODES), default='cpu', help='where networks run')
     parser.add_argument(
         '--reference', type=Path, metavar='PATH',
         help="hbonet.py of a checkout of the authors' repository, to be compared at each width that --models has")
     parser.add_argument(
         '--growth', action=argparse.BooleanOptionalAction, default=True,
-        help=f'also time {", ".join(GROWTH_MODELS)} at batch sizes 1 to 128 and image sizes 96 to 640 (default: yes)')
+        help=f'also time {", ".join(GROWTH_MODELS)} at batch sizes 1 to 128 and image sizes 96 to 640')
     parser.add_argument(
-        '--quick', action='store_true', help='defaults that take a minute: 2 models, 4 modes, batch sizes 1 and 4')
+        '--quick', action='store_true', help='other defaults, for a minute: 2 models, 4 modes, batch sizes 1 and 4')
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args()
@@ -420,7 +406,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     args = parse_args(parser)
     torch.set_num_threads(args.threads)
     if args.device == 'cuda':
@@ -445,9 +431,7 @@ def main() -> int:
         parser.error(f'cannot write to {args.output}: {e}. Give another folder.')
 
     report = measure(networks, args)
-    table = io.StringIO(newline='')
-    csv.writer(table).writerows([report['results']['columns'], *report['results']['data']])
-    replace_file(args.output / 'benchmark.csv', table.getvalue().encode())
+    replace_file(args.output / 'benchmark.csv', pd.DataFrame(**report['results']).to_csv(index=False).encode())
     replace_file(args.output / 'benchmark.json', json.dumps(report).encode())
     print(write_report(args.output))
     return int(any(row[-1] for row in report['results']['data']))

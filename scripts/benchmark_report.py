@@ -78,10 +78,9 @@ def format_report(report: Dict[str, Any]) -> str:
     text = [
         '# Benchmark of HBONet and its peers',
         f"{machine['gpu'] or machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), threads: "
-        f"{machine['threads']}, {machine['os']}. Instruction sets: {' '.join(machine['flags'])}.",
-        ', '.join([
-            *(f'{name} {version}' for name, version in machine['versions'].items()),
-            *(f'{name}={value}' for name, value in machine['environment'].items())]) + '.',
+        f"{machine['threads']}, {machine['os']}, Python {machine['python']}, "
+        + ', '.join(' '.join(item) for item in {**machine['versions'], **machine['environment']}.items()) + '.',
+        f"Instruction sets: {' '.join(machine['flags'])}.",
         f"Random weights, images of 224 x 224, medians and quartiles of {settings['rounds']} interleaved rounds. "
         "`reparam`, `compiled` and the runtimes take what timm's `reparameterize_model` returns, which is the same "
         'network where there is nothing to fold.',
@@ -134,8 +133,8 @@ def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
             axes.annotate(row.model[7:], (row.median_ms, row.top1), xytext=(6, -12), textcoords='offset points')
         for row, marker in zip(found[~found['ours']].itertuples(), itertools.cycle('sD^vP*X<>p'), strict=False):
             axes.plot(row.median_ms, row.top1, marker, markersize=8, label=row.model)
-        axes.set(
-            title=f"{found['mode'].iloc[0]}, batch size {batch_size}", xlabel='median latency in ms', ylabel='top-1 in %')
+        title = f"{found['mode'].iloc[0]}, batch size {batch_size}"
+        axes.set(title=title, xlabel='median latency in ms', ylabel='top-1 in %')
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
     return figure
