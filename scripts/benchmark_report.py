@@ -51,10 +51,11 @@ def compute_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     times, ratios = pivot(rows, 'median_ms'), {}
     for over in ('authors', *PEERS):
         for name in times.index[times.index.str.startswith('hbonet_')]:
-            base = name.replace('hbonet', 'authors') if over == 'authors' else over
+            base = name.replace('hbonet', over) if over == 'authors' else over
             if base in times.index:
                 ratios[name, base] = times.loc[name] / times.loc[base]
-    return pd.DataFrame(ratios, index=times.columns).T.rename_axis(['model', 'over'])
+    index = pd.MultiIndex.from_tuples(ratios, names=['model', 'over'])
+    return pd.DataFrame(ratios.values(), index, times.columns)
 
 
 def format_profile(profile: Dict[str, Any]) -> str:
@@ -135,6 +136,7 @@ def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
             axes.plot(row.median_ms, row.top1, marker, markersize=8, label=row.model)
         title = f"{found['mode'].iloc[0]}, batch size {batch_size}"
         axes.set(title=title, xlabel='median latency in ms', ylabel='top-1 in %')
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
     return figure
@@ -145,12 +147,15 @@ def draw_growth(rows: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(14, 6), dpi=110, layout='constrained')
     for axes, quantity, other, fixed in zip(
             figure.subplots(1, 2), ('batch_size', 'image_size'), ('image_size', 'batch_size'), (224, 1), strict=True):
-        table = rows[rows[other] == fixed].pivot(index=quantity, columns='model', values='median_ms')
-        table.plot(ax=axes, style='o-', loglog=True, grid=True)
-        axes.set_xticks(table.index, table.index)
+        chosen = rows[rows[other] == fixed].sort_values(quantity)
+        for name, found in chosen.groupby('model', sort=False):
+            axes.loglog(found[quantity], found['median_ms'], 'o-', label=name)
+        axes.set_xticks(chosen[quantity].unique(), chosen[quantity].unique())
         axes.set_xticks([], minor=True)
-        quantity, other = quantity.replace('_', ' '), other.replace('_', ' ')
-        axes.set(xlabel=quantity, ylabel='median time in ms', title=f'reparam, {other} {fixed}')
+        title = f"reparam, {other.replace('_', ' ')} {fixed}"
+        axes.set(xlabel=quantity.replace('_', ' '), ylabel='median time in ms', title=title)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
     return figure
 
 
