@@ -119,9 +119,9 @@ def format_report(report: Dict[str, Any]) -> str:
 
 def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
     """Draw top-1 against latency, by batch size."""
-    top1 = {name.split('.')[0]: value for name, value in top1.items()}
-    rows = rows[rows['model'].isin(top1)]
-    rows = rows.assign(top1=rows['model'].map(top1), ours=rows['model'].str.startswith('hbonet_')).sort_values('top1')
+    rows = rows.assign(
+        top1=rows['model'].map({name.split('.')[0]: value for name, value in top1.items()}),
+        ours=rows['model'].str.startswith('hbonet_')).dropna(subset='top1').sort_values('top1')
     parts = list(rows.groupby('batch_size'))
     figure = Figure(figsize=(7 * len(parts) + 2, 6), dpi=110, layout='constrained')
     figure.suptitle('Top-1 on ImageNet-1k as published: HBONet by its authors, the others by timm')

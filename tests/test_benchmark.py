@@ -269,15 +269,15 @@ def test_a_file_is_replaced_as_a_whole_or_not(benchmark, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--models', 'hbonet_42'], '--models hbonet_42 is not an architecture that timm knows'),
-    (['--models', 'deit3_small_patch16_384'], '--models deit3_small_patch16_384 does not take images of 224 x 224'),
+    (['--models', 'hbonet_42'], '--models hbonet_42 cannot run on images of 224 x 224. RuntimeError: Unknown model'),
+    (['--models', 'deit3_small_patch16_384'], '--models deit3_small_patch16_384 cannot run on images of 224 x 224'),
     (['--modes', 'warp'], '--modes warp is not a mode on cpu, which has eager, channels_last, '),
     (['--modes', 'eager_amp'], '--modes eager_amp is not a mode on cpu'),
     (['--batch-sizes', '1', '0'], '--batch-sizes must be at least 1, got 0'),
     (['--train-batch-size', '-3'], '--train-batch-size must be at least 1, got -3'),
     (['--threads', '0'], '--threads must be at least 1, got 0'),
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),
-    (['--reference', 'nowhere.py'], 'there is no file --reference nowhere.py'),
+    (['--reference', 'nowhere.py'], '--reference nowhere.py is not the code of hbonet_010, '),
     (['--reference', __file__, '--models', 'lcnet_050'], '--reference is compared with hbonet_100 and its other '),
 ])
 def test_arguments_that_make_no_sense(run, tmp_path, capsys, args, message):
