@@ -47,24 +47,11 @@ def make_environment(path: Path, startup_files: bool) -> Path:
     return python
 
 
-def measure(python: Path, code: str) -> float:
-    """Run code in a new interpreter and return the seconds that it took from start to end."""
-    start = time.perf_counter()
+def run_code(python: Path, code: str) -> None:
     subprocess.run([python, '-c', code], env=ENVIRONMENT, check=True)
-    return time.perf_counter() - start
 
 
-def compare(label: str, pythons: list[Path], code: str, runs: int) -> tuple[float, float]:
-    """Median seconds of `code` in the two environments, measured in turn."""
-    seconds = [[], []]
-    for run in tqdm(range(runs + 1), desc=label):
-        for which in (0, 1) if run % 2 else (1, 0):
-            seconds[which].append(measure(pythons[which], code))
-    # the first run fills the caches
-    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
-
-
-def median_seconds(label: str, functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+def median_seconds(label: str, functions: dict[str, Callable[[], Any]], runs: int) -> list[float]:
     """Median seconds of functions that are called in turn."""
     seconds = {name: [] for name in functions}
     for run in tqdm(range(runs + 1), desc=label):
@@ -72,7 +59,8 @@ def median_seconds(label: str, functions: dict[str, Callable[[], Any]], runs: in
             start = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    # the first run fills the caches
+    return [statistics.median(values[1:]) for values in seconds.values()]
 
 
 def measure_models(folder: Path, runs: int) -> None:
@@ -81,21 +69,22 @@ def measure_models(folder: Path, runs: int) -> None:
     import timm
     import torch
 
-    creations = {name: functools.partial(timm.create_model, name) for name in ('hbonet_100', 'mobilenetv2_100')}
-    models = {name: create() for name, create in creations.items()}
-    seconds = median_seconds('create_model', creations, runs)
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    print('create_model: ' + ', '.join(
-        f'{name} {seconds[name] * 1e3:.1f} ms, {seconds[name] / counts[name] * 1e9:.1f} ns a parameter'
-        for name in models))
+    names = ('hbonet_100', 'mobilenetv2_100')
+    creations = {name: functools.partial(timm.create_model, name) for name in names}
+    for name, seconds in zip(names, median_seconds('create_model', creations, runs), strict=True):
+        model = timm.create_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        print(f'create_model: {name} {seconds * 1e3:.1f} ms, {seconds / count * 1e9:.1f} ns a parameter')
 
-    model = models['hbonet_100']
-    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
-    torch.save(model.state_dict(), folder / 'model.pth')
-    seconds = median_seconds('load weights', {
-        name: functools.partial(timm.models.load_checkpoint, model, folder / name, weights_only=True)
-        for name in ('model.safetensors', 'model.pth')}, runs)
-    print('load hbonet_100: ' + ', '.join(f'{name} {value * 1e3:.1f} ms' for name, value in seconds.items()))
+    model = timm.create_model('hbonet_100')
+    files = {'safetensors': folder / 'model.safetensors', 'torch.save': folder / 'model.pth'}
+    safetensors.torch.save_file(model.state_dict(), files['safetensors'])
+    torch.save(model.state_dict(), files['torch.save'])
+    loads = {
+        name: functools.partial(timm.models.load_checkpoint, model, path, weights_only=True)
+        for name, path in files.items()}
+    for name, seconds in zip(files, median_seconds('load weights', loads, runs), strict=True):
+        print(f'load hbonet_100: {name} {seconds * 1e3:.1f} ms')
 
 
 def main() -> int:
@@ -112,12 +101,14 @@ def main() -> int:
             parser.error(f'{name} is not installed for {sys.executable}: run pip install "timm-hbonet[scripts]"')
 
     with tempfile.TemporaryDirectory() as folder:
-        pythons = [make_environment(Path(folder, name), name == 'with') for name in ('without', 'with')]
-        without, with_ = compare('interpreter start', pythons, 'pass', args.starts)
+        pythons = {name: make_environment(Path(folder, name), name == 'with') for name in ('without', 'with')}
+        without, with_ = median_seconds(
+            'interpreter start', {k: functools.partial(run_code, v, 'pass') for k, v in pythons.items()}, args.starts)
         start = with_ - without
         print(f'interpreter start: {without * 1e3:.2f} ms without, {with_ * 1e3:.2f} ms with, '
               f'difference {start * 1e3:+.2f} ms (goal: at most 1 ms)')
-        without, with_ = compare('import timm', pythons, 'import timm', args.imports)
+        without, with_ = median_seconds(
+            'import timm', {k: functools.partial(run_code, v, 'import timm') for k, v in pythons.items()}, args.imports)
         share = (with_ - without) / without
         print(f'import timm: {without:.3f} s without, {with_:.3f} s with, '
               f'difference {share:+.1%} (goal: at most 3 %)')

@@ -1,24 +1,25 @@
-"""The benchmark measures what it says: right counts, right arithmetic, right files, and plain words for bad input.
+"""The benchmark measures what it says: order, arithmetic, counts and files, and plain words for bad input.
 
 No test depends on how fast anything is.
 """
-import csv
-import functools
 import importlib.util
+import itertools
 import json
-import re
-import signal
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import reference
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'benchmark.py'
+SCRIPTS = Path(__file__).parents[1] / 'scripts'
 SMALL = ['--models', 'hbonet_010', '--modes', 'eager', '--batch-sizes', '1', '--rounds', '1', '--no-growth']
 # plays the authors' file, with weights that are not those of seed 0
 REFERENCE = '''
@@ -28,186 +29,144 @@ import torch
 class HBONet(timm_hbonet.HBONet):
     def __init__(self, width_mult):
         torch.manual_seed(1)
-        super().__init__(width=width_mult)
+        super().__init__(width=width_mult, divisor=4)
 '''
 
 
 @pytest.fixture(scope='module')
 def benchmark():
-    spec = importlib.util.spec_from_file_location('benchmark_script', SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        spec = importlib.util.spec_from_file_location('benchmark_script', SCRIPTS / 'benchmark.py')
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        patch.setitem(module.MATMUL_SIZE, 'cpu', 64)
+        yield module
 
 
-@pytest.fixture
-def run(benchmark, monkeypatch):
-    """Function that runs the script in this process, for its exit status or message."""
+@pytest.fixture(scope='module')
+def run(benchmark):
+    """Function that runs the script in this process, for its exit status."""
 
-    def run(*args: object):
-        monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, args)])
-        try:
-            return benchmark.main()
-        except SystemExit as e:
-            return e.code
+    def run(*args: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'argv', [str(SCRIPTS / 'benchmark.py'), *map(str, args)])
+            try:
+                return benchmark.main()
+            except SystemExit as e:
+                return e.code
 
     return run
 
 
 @pytest.fixture(scope='module')
-def result(tmp_path_factory):
-    """Output folder, report, and what was printed, of a run with a reference in a folder that holds other files."""
+def output(run, tmp_path_factory):
+    """Folder of a run with a reference, that held other files before."""
     folder = tmp_path_factory.mktemp('benchmark')
     (folder / 'reference.py').write_text(REFERENCE)
     output = folder / 'output'
     output.mkdir()
     (output / 'growth.png').write_text('of an earlier run')
     (output / 'thesis.tex').write_text('years of work')
-    modes = ['eager', 'channels_last', 'reparam', 'onnxruntime', 'openvino', 'train']
-    process = subprocess.run(
-        [sys.executable, SCRIPT, output, '--models', 'hbonet_100', 'mobilenetv3_small_100', '--modes', *modes,
-         '--batch-sizes', '2', '--train-batch-size', '3', '--rounds', '3', '--no-growth',
-         '--reference', folder / 'reference.py'],
-        capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
-    return output, json.loads((output / 'benchmark.json').read_text()), process
+    assert run(
+        output, '--models', 'hbonet_010', 'mobilenetv3_small_050', '--modes', 'eager', 'reparam', 'train',
+        '--batch-sizes', 2, '--train-batch-size', 3, '--rounds', 2, '--no-growth',
+        '--reference', folder / 'reference.py') == 0
+    return output
 
 
-@pytest.fixture
-def rows(result):
-    """Results by model and mode (the batch size of inference is 2, of training 3, of the matrix product each)."""
-    return {
-        (row['model'], row['mode']): row for row in result[1]['results'] if row['model'] != 'matmul'}
+def read_rows(folder: Path) -> pd.DataFrame:
+    return pd.DataFrame(**json.loads((folder / 'benchmark.json').read_text())['results'])
 
 
-def test_every_model_is_timed_in_every_mode(result, rows):
-    modes = ['eager', 'channels_last', 'reparam', 'onnxruntime', 'openvino', 'train']
-    models = ['hbonet_100', 'mobilenetv3_small_100', 'reference']
-    expected = {(model, mode) for model in models for mode in modes} - {('reference', 'reparam')}
-    assert rows.keys() == expected
-    for (_, mode), row in rows.items():
-        assert row['batch_size'] == (3 if mode == 'train' else 2)
-        assert row['image_size'] == 224 and row['error'] is None
-    assert result[1]['errors'] == []
+def read_tables(text: str) -> list[list[str]]:
+    """Lines of the tables of a report, each as its cells."""
+    return [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
 
 
-def test_settings_are_kept_without_paths_of_this_machine(result):
-    output, report, _ = result
-    settings = report['settings']
-    assert (settings['rounds'], settings['threads'], settings['reference']) == (3, 1, 'reference.py')
+def test_every_network_is_timed_in_every_mode(output):
+    rows = read_rows(output)
+    assert rows['error'].isna().all() and (rows['image_size'] == 224).all()
+    modes = {mode: 3 if mode == 'train' else 2 for mode in ('eager', 'reparam', 'train')}
+    models = ('hbonet_010', 'mobilenetv3_small_050', 'authors_010')
+    assert {(row.model, row.mode, row.batch_size) for row in rows.itertuples()} == {
+        *((model, mode, n) for model in models for mode, n in modes.items()),
+        ('matmul', 'float32', 2), ('matmul', 'float32', 3)}
+
+
+def test_machine_and_settings_are_kept_without_paths(output):
+    report = json.loads((output / 'benchmark.json').read_text())
     assert str(output.parent) not in (output / 'benchmark.json').read_text()
-    assert report['top1'] == {'hbonet_100.in1k': 73.1, 'mobilenetv3_small_100.lamb_in1k': 67.636}
+    settings, machine = report['settings'], report['machine']
+    assert (settings['rounds'], settings['reference'], settings['train_batch_size']) == (2, 'reference.py', 3)
+    assert machine['versions']['torch'] == importlib.metadata.version('torch')
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # not in older versions of torch
+    assert machine['cpu'] == capabilities.get('cpu_name', machine['cpu'])
+    for flag in ('avx2', 'avx512_f', 'amx_tile'):
+        assert (flag in machine['flags']) == capabilities.get(flag, False)
+    assert report['top1'] == {'hbonet_010.in1k': 41.5}
 
 
-def test_medians_lie_inside_their_quartiles(rows):
-    for row in rows.values():
-        assert 0 < row['lower_quartile_ms'] < row['median_ms'] < row['upper_quartile_ms']
-        assert row['images_per_second'] == pytest.approx(row['batch_size'] / row['median_ms'] * 1e3)
+def test_flops_are_twice_the_multiply_adds_of_the_release(output):
+    macs = next(entry['computed_macs'] for entry in reference.CHECKPOINTS if entry['name'] == 'hbonet_010.in1k')
+    for row in read_rows(output).itertuples():
+        gflops = row.gflops_per_second * row.median_ms / 1e3
+        if row.model == 'matmul':
+            assert gflops == pytest.approx(2 * 64 ** 3 / 1e9)
+        elif row.model != 'mobilenetv3_small_050':
+            assert gflops == pytest.approx(2 * macs * row.batch_size * (3 if row.mode == 'train' else 1) / 1e9)
 
 
-def test_flops_are_twice_the_multiply_adds_of_the_release(rows):
-    macs = next(entry['computed_macs'] for entry in reference.CHECKPOINTS if entry['name'] == 'hbonet_100.in1k')
-    for (model, mode), row in rows.items():
-        if model != 'mobilenetv3_small_100':
-            gflops = 2 * macs * row['batch_size'] * (3 if mode == 'train' else 1) / 1e9
-            assert row['gflops_per_second'] * row['median_ms'] / 1e3 == pytest.approx(gflops, rel=1e-9)
+def test_csv_has_the_rows_of_the_json(output):
+    found = pd.read_csv(output / 'benchmark.csv')
+    pd.testing.assert_frame_equal(found, read_rows(output).astype(found.dtypes))
 
 
-def test_speeds_are_shares_of_the_matrix_product_of_the_same_rounds(result):
-    matmuls = {row['batch_size']: row for row in result[1]['results'] if row['model'] == 'matmul'}
-    assert matmuls.keys() == {2, 3}
-    for row in matmuls.values():
-        assert row['images_per_second'] is row['peak_memory_bytes'] is None
-        assert row['gflops_per_second'] * row['median_ms'] / 1e3 == pytest.approx(2 * 2048 ** 3 / 1e9)
-    for row in result[1]['results']:
-        speed = matmuls[row['batch_size']]['gflops_per_second']
-        assert row['share_of_matmul'] == pytest.approx(row['gflops_per_second'] / speed)
-
-
-def test_peak_memory_is_known_where_torch_allocates(rows):
-    for (_, mode), row in rows.items():
-        assert (row['peak_memory_bytes'] is None) == (mode in ('onnxruntime', 'openvino'))
-    # two images, the 32 channels of the stem at 112 x 112
-    assert rows['hbonet_100', 'eager']['peak_memory_bytes'] >= 2 * 32 * 112 * 112 * 4
-    # a training step keeps activations, and has the gradients at the end
-    weights = sum(p.numel() * 4 for p in timm.create_model('hbonet_100').parameters())
-    assert rows['hbonet_100', 'train']['peak_memory_bytes'] > rows['hbonet_100', 'eager']['peak_memory_bytes'] + weights
-
-
-def test_ratios_are_the_reference_by_ours(result, rows):
-    ratios = {ratio['mode']: ratio for ratio in result[1]['ratios']}
-    assert ratios.keys() == {'eager', 'channels_last', 'onnxruntime', 'openvino', 'train'}
-    for mode, ratio in ratios.items():
-        theirs, ours = rows['reference', mode], rows['hbonet_100', mode]
-        assert ratio['batch_size'] == theirs['batch_size']
-        assert ratio['time'] == pytest.approx(theirs['median_ms'] / ours['median_ms'])
-    assert ratios['eager']['peak_memory'] == 1  # the stand-in is the same network
-    assert ratios['openvino']['peak_memory'] is None
-
-
-def test_onnx_nodes_are_counted_before_and_after_optimisation(result):
-    nodes = result[1]['onnx_nodes']
-    titles = ('hbonet_100', 'hbonet_100 reparam', 'reference')
-    assert nodes.keys() == {*titles, *(f'{title}, optimised' for title in titles)}
-    for counts in nodes.values():
-        assert counts['total'] == sum(counts.values()) - counts['total'] > 0
-    model = timm.create_model('hbonet_100').eval()
-    for title, network in (('hbonet_100', model), ('hbonet_100 reparam', timm.utils.reparameterize_model(model))):
-        convs = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
-        assert nodes[title]['Conv'] == convs
-        optimised = nodes[f'{title}, optimised']
-        assert sum(n for name, n in optimised.items() if name.endswith('Conv')) == convs
-        # its own fused convolutions
-        assert any(name.startswith('com.microsoft') for name in optimised)
-
-
-def test_csv_has_the_rows_of_the_json(result):
-    output, report, _ = result
-    with open(output / 'benchmark.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [{k: '' if v is None else str(v) for k, v in row.items()} for row in report['results']]
-
-
-def test_the_report_has_all_results_and_is_printed(result):
-    output, report, process = result
-    text = (output / 'benchmark.md').read_text()
-    assert process.stdout == text + '\n'
-    lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
-    for row in report['results']:
-        line = next(line for line in lines if line[:3] == [row['model'], row['mode'], str(row['batch_size'])])
-        assert line[3] == f'{row["median_ms"]:.2f}'
-        assert line[4] == f'{row["lower_quartile_ms"]:.2f} to {row["upper_quartile_ms"]:.2f}'
-        assert line[6:8] == [f'{row["gflops_per_second"]:.1f}', f'{row["share_of_matmul"]:.1%}']
-        memory = row['peak_memory_bytes']
-        assert line[8] == (f'{memory / 2 ** 20:.1f}' if memory else '')
-    for ratio in report['ratios']:
-        assert [ratio['mode'], str(ratio['batch_size']), f'{ratio["time"]:.3f}'] in [line[:3] for line in lines]
-    nodes = report['onnx_nodes']
-    assert ['total', *(str(counts['total']) for counts in nodes.values())] in lines
-    # timm folds nothing in MobileNet-V3, ours has norms to fold
-    assert 'finds nothing to fold in mobilenetv3_small_100: ' in text
-    for package in ('torch', 'timm', 'onnxruntime', 'openvino'):
-        assert f'{package} {report["machine"]["versions"][package]}' in text
-
-
-def test_the_folder_has_the_new_results_and_what_others_put_there(result):
-    output, _, process = result
+def test_the_folder_has_the_new_results_and_what_others_put_there(output):
     assert {path.name for path in output.iterdir()} == {
         'benchmark.json', 'benchmark.csv', 'benchmark.md', 'accuracy_latency.png', 'thesis.tex'}
-    with Image.open(output / 'accuracy_latency.png') as image:
-        assert image.format == 'PNG' and image.width > 500
-    assert 'Batch size 2, timing: 100%' in process.stderr and 'Traceback' not in process.stderr
+
+
+def test_networks_take_turns_and_quartiles_are_of_the_timed_calls(benchmark, monkeypatch):
+    """With a clock that each call moves: 100 s if untimed, else by what is listed here."""
+    seconds = {'matmul': [8, 8, 8, 8, 8], 'hbonet': [3, 1, 10, 2, 4], 'peer': [5, 5, 6, 7, 5]}
+    names, clock, calls, waiting = {None: 'matmul'}, [0.], [], {}
+
+    def build(network, images, threads):
+        name = names[network]
+        warm_up = [100, 100] if network else [100]  # the second to measure memory
+        waiting[name] = itertools.chain(warm_up, *([100, value] for value in seconds[name]))
+
+        def call():
+            calls.append(name)
+            clock[0] += next(waiting[name])
+
+        return call
+
+    monkeypatch.setattr(benchmark, 'timer', lambda: clock[0])
+    monkeypatch.setitem(benchmark.MODES['cpu'], 'eager', build)
+    monkeypatch.setitem(benchmark.MATMUL, 'float32', build)
+    candidates = []
+    for name in ('hbonet', 'peer'):
+        network = nn.Conv2d(3, 2, 1)
+        names[network] = name
+        candidates.append(benchmark.Candidate(name, network, 'eager', 1, 4))
+    args = benchmark.argparse.Namespace(device='cpu', threads=1, rounds=5)
+    rows = {row['model']: row for row in benchmark.run('batch size 1', candidates, args)}
+
+    rounds = [calls[i:i + 6] for i in range(len(calls) - 30, len(calls), 6)]
+    for order in rounds:
+        assert order[::2] == order[1::2] and sorted(order[::2]) == ['hbonet', 'matmul', 'peer']
+    assert len(set(map(tuple, rounds))) > 1
+    for name, (lower, median, upper) in {'matmul': (8, 8, 8), 'hbonet': (2, 3, 4), 'peer': (5, 5, 6)}.items():
+        row = rows[name]
+        found = (row['lower_quartile_ms'], row['median_ms'], row['upper_quartile_ms'])
+        assert found == pytest.approx((1e3 * lower, 1e3 * median, 1e3 * upper))
+    assert rows['hbonet']['gflops_per_second'] == pytest.approx(2 * 3 * 2 * 4 * 4 / 3 / 1e9)
 
 
 def chain(x):
     return torch.relu(torch.relu(torch.relu(x)))
-
-
-def fork(x):
-    y = torch.cat([x, x])
-    z = torch.cat([y, y])
-    del y
-    return z[0] + torch.zeros(1)
 
 
 def square(x):
@@ -217,7 +176,6 @@ def square(x):
 
 @pytest.mark.parametrize('function, floats', [
     (chain, 1000 + 1000),  # input and output of the second layer, the input of the first was there before
-    (fork, 2000 + 4000),
     (square, 1000 + 1 + 1 + 1000 + 1000),  # x, sum, its gradient, and that of x by each factor; nothing keeps x * x
 ])
 def test_peak_memory_of_toys(benchmark, function, floats):
@@ -225,148 +183,190 @@ def test_peak_memory_of_toys(benchmark, function, floats):
     assert benchmark.measure_peak_memory(lambda: function(x), 'cpu') == 4 * floats
 
 
-def test_the_pictures_show_the_figures_with_readable_names(benchmark, monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(benchmark.Figure, 'savefig', lambda figure, path: figures.append(figure))
-    latency = dict(
-        hbonet_100=4.4, hbonet_080=3.1, hbonet_050=1.9, hbonet_025=1.2, mobilenetv2_100=3.1, mobilenetv2_050=1.6,
-        mobilenetv3_large_100=3.5, mobilenetv3_small_100=1.3, ghostnet_100=4.1, repghostnet_100=4.0, mnasnet_100=3.6,
-        lcnet_100=1.9, mobilenetv4_conv_small=2.2, starnet_s1=4.6)
-    rows = [
-        dict(model=model, mode=mode, batch_size=batch_size, median_ms=ms * batch_size * slow, error=None)
-        for mode, slow in (('eager', 3), ('onnxruntime', 1), ('train', 9))
-        for batch_size in (1, 16) for model, ms in latency.items()]
-    benchmark.draw_accuracy(rows, tmp_path)
-    for axes, batch_size in zip(figures[0].axes, (1, 16), strict=True):
-        assert axes.get_title() == f'onnxruntime, batch size {batch_size}'
-        ours, others = axes.get_lines()
-        assert ours.get_xydata().tolist() == [
-            [latency['hbonet_025'] * batch_size, 57.3], [latency['hbonet_050'] * batch_size, 67.0],
-            [latency['hbonet_080'] * batch_size, 71.3], [latency['hbonet_100'] * batch_size, 73.1]]
-        assert [latency['lcnet_100'] * batch_size, 72.13] in others.get_xydata().tolist()
-        assert len(others.get_xydata()) == 10 and others.get_linestyle() == 'None'
-        names = [text for text in axes.texts if text.get_visible()]
-        assert sorted(text.get_text() for text in names) == sorted(latency)
-        figures[0].draw_without_rendering()
-        boxes = [text.get_window_extent() for text in names]
-        assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
+def test_runtimes_and_the_profile_of_onnx_runtime(benchmark, run, monkeypatch, tmp_path):
+    """Both compute what PyTorch does, and the profile counts the nodes that there are."""
+    network = benchmark.create_network(lambda: timm.create_model('hbonet_010'))
+    monkeypatch.setattr(benchmark, 'create_network', lambda create: network)  # to be exported once
+    assert run(tmp_path, '--models', 'hbonet_010', '--modes', 'onnxruntime', *SMALL[4:]) == 0
+    profile = json.loads((tmp_path / 'benchmark.json').read_text())['profiles']['batch size 1']['hbonet_010']
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = network(images)
+    for build in benchmark.RUNTIMES.values():
+        logits = torch.as_tensor(build(network, images, 1)()[0])
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    convs = sum(isinstance(m, nn.Conv2d) for m in timm.utils.reparameterize_model(network).modules())
+    assert profile['Conv'][0] == convs and profile['Gemm'][:2] == [1, 1]
+    assert sum(optimized for name, (_, optimized, _) in profile.items() if 'Conv' in name) == convs
+    assert profile['Clip'][0] > 0 and all(ms > 0 for _, optimized, ms in profile.values() if optimized)
+    options = benchmark.open_onnxruntime(network, images, 1)[0].get_session_options()
+    assert options.get_session_config_entry('session.intra_op.allow_spinning') == '0'
+    assert options.intra_op_num_threads == 1
 
 
 def test_growth_is_timed_by_batch_and_image_size(benchmark, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, 'GROWTH_MODELS', ('hbonet_010', 'hbonet_025'))
-    monkeypatch.setattr(benchmark, 'GROWTH_SIZES', {'batch_size': (1, 3), 'image_size': (32, 96)})
+    monkeypatch.setattr(benchmark, 'GROWTH_MODELS', ('hbonet_010',))
+    monkeypatch.setattr(benchmark, 'GROWTH_SHAPES', ((2, 64), (1, 32)))
     assert run(tmp_path, *SMALL[:-1]) == 0
-    growth = json.loads((tmp_path / 'benchmark.json').read_text())['growth']
-    for quantity, sizes in (('batch_size', [(1, 224), (3, 224)]), ('image_size', [(1, 32), (1, 96)])):
-        for model in ('hbonet_010', 'hbonet_025'):
-            rows = [row for row in growth[quantity] if row['model'] == model]
-            assert [(row['batch_size'], row['image_size']) for row in rows] == sizes
-            assert {row['mode'] for row in rows} == {'reparam'}
-            # of the convolutions, the classifier has 1600 x 1000 weights
-            flops = [
-                row['gflops_per_second'] * row['median_ms'] * 1e6 - 2 * 1600 * 1000 * row['batch_size'] for row in rows]
-            assert flops[1] / flops[0] == pytest.approx(3 if quantity == 'batch_size' else 9)
-    with Image.open(tmp_path / 'growth.png') as image:
-        assert image.format == 'PNG' and image.width > 500
+    rows = read_rows(tmp_path)
+    growth = rows[(rows['part'] == 'growth') & (rows['model'] == 'hbonet_010')]
+    assert growth[['mode', 'batch_size', 'image_size']].values.tolist() == [
+        ['reparam', 2, 64], ['reparam', 1, 32]]
 
 
-def test_compiled_models_of_one_class_do_not_evict_each_other(run, monkeypatch, tmp_path):
-    # a backend that needs no compiler; where the limit is hit, a whole graph is refused
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
-    with torch._dynamo.config.patch(recompile_limit=1):
-        assert run(
-            tmp_path, '--models', 'hbonet_010', 'hbonet_025', '--modes', 'compiled', '--batch-sizes', 1, '--rounds', 1,
-            '--no-growth') == 0
-
-
-def test_a_failure_does_not_cost_the_other_results(benchmark, run, monkeypatch, tmp_path):
+def test_a_failure_does_not_cost_the_other_results(run, monkeypatch, tmp_path):
     def reparameterize_model(model):
         raise RuntimeError('no folding\ntoday')
 
     monkeypatch.setattr(timm.utils, 'reparameterize_model', reparameterize_model)
     assert run(tmp_path, *SMALL[:2], '--modes', 'reparam', 'eager', *SMALL[4:]) == 1
-    report = json.loads((tmp_path / 'benchmark.json').read_text())
-    rows = {row['mode']: row for row in report['results']}
-    assert rows['reparam']['error'] == 'RuntimeError: no folding today'
-    assert rows['reparam']['median_ms'] is None
-    assert rows['eager']['error'] is None and rows['eager']['median_ms'] > 0
-    assert report['errors'] == [
-        'hbonet_010, reparam, batch size 1, image size 224: RuntimeError: no folding today']
-    assert f'* {report["errors"][0]}' in (tmp_path / 'benchmark.md').read_text()
+    rows = read_rows(tmp_path).set_index('mode')
+    assert rows['error'].dropna().to_dict() == {'reparam': 'RuntimeError: no folding today'}
+    assert pd.isna(rows['median_ms']['reparam']) and rows['median_ms']['eager'] > 0
+    assert 'hbonet_010, reparam, batch size 1: RuntimeError: no folding today' in (
+        tmp_path / 'benchmark.md').read_text()
 
 
-def test_an_interrupted_run_leaves_nothing_half_written(tmp_path):
-    command = [sys.executable, SCRIPT, tmp_path, *SMALL, '--rounds', '100000']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        err = b''
-        while b'timing' not in err:
-            err += process.stderr.read(1)
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.splitlines()[-1].endswith(b'benchmark.py: interrupted.') and b'Traceback' not in err
-    assert not out and not list(tmp_path.iterdir())
+def test_a_runtime_that_is_not_installed_is_skipped_by_name(run, monkeypatch, tmp_path, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find_spec(name))
+    assert run(tmp_path / 'output', *SMALL, '--modes', 'openvino') == 2
+    assert not (tmp_path / 'output').exists()
+    capsys.readouterr()
+    assert run(tmp_path / 'output', *SMALL, '--modes', 'openvino', 'eager') == 0
+    assert 'openvino: needs openvino' in capsys.readouterr().err
+    assert set(read_rows(tmp_path / 'output')['mode']) == {'float32', 'eager'}
+    assert 'openvino: needs openvino' in (tmp_path / 'output' / 'benchmark.md').read_text()
+
+
+def test_an_interrupted_run_leaves_nothing(monkeypatch, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', str(tmp_path), *SMALL])
+    monkeypatch.setattr(torch.utils.benchmark, 'timer', interrupt)  # as the first call is timed
+    with pytest.raises(SystemExit, match='interrupted'):
+        runpy.run_path(str(SCRIPTS / 'benchmark.py'), run_name='__main__')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_as_a_whole_or_not(benchmark, monkeypatch, tmp_path):
+    path = tmp_path / 'benchmark.csv'
+    path.write_text('old')
+    write = Path.write_bytes
+
+    def fill_disk(path, content):
+        write(path, content[:2])
+        raise OSError('No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_bytes', fill_disk)
+        with pytest.raises(OSError, match='No space'):
+            benchmark.replace_file(path, b'new')
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    benchmark.replace_file(path, b'new')
+    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--models', 'hbonet_42'], '--models hbonet_42 is not an architecture that timm knows, see timm.list_models()'),
-    (['--modes', 'warp'], '--modes warp is not a mode on cpu, which has eager, channels_last, reparam, compiled, '),
-    (['--modes', 'eager_amp'], '--modes eager_amp is not a mode on cpu, which has '),
+    (['--models', 'hbonet_42'], '--models hbonet_42 cannot run on images of 224 x 224. RuntimeError: Unknown model'),
+    (['--models', 'deit3_small_patch16_384'], '--models deit3_small_patch16_384 cannot run on images of 224 x 224'),
+    (['--modes', 'warp'], '--modes warp is not a mode on cpu, which has eager, channels_last, '),
+    (['--modes', 'eager_amp'], '--modes eager_amp is not a mode on cpu'),
     (['--batch-sizes', '1', '0'], '--batch-sizes must be at least 1, got 0'),
     (['--train-batch-size', '-3'], '--train-batch-size must be at least 1, got -3'),
     (['--threads', '0'], '--threads must be at least 1, got 0'),
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),
-    (['--reference', 'nowhere.py'], '--reference is compared with hbonet_100, add that to --models'),
-    (['--reference', 'nowhere.py', '--models', 'hbonet_100'],
-     "there is no Python file --reference nowhere.py. Give the path of the authors' hbonet.py."),
+    (['--reference', 'nowhere.py'], '--reference nowhere.py is not the code of hbonet_010, '),
+    (['--reference', __file__, '--models', 'lcnet_050'], '--reference is compared with hbonet_100 and its other '),
 ])
-def test_arguments_that_make_no_sense(run, tmp_path, args, message):
-    error = run(tmp_path / 'output', *SMALL, *args)
-    assert error.startswith(f'benchmark.py: {message}') and '\n' not in error
+def test_arguments_that_make_no_sense(run, tmp_path, capsys, args, message):
+    assert run(tmp_path / 'output', *SMALL, *args) == 2
+    assert f'benchmark.py: error: {message}' in capsys.readouterr().err
     assert not (tmp_path / 'output').exists()
-
-
-def test_a_model_for_other_images(run, tmp_path):
-    error = run(tmp_path / 'output', *SMALL, '--models', 'deit3_small_patch16_384')
-    assert error.startswith('benchmark.py: --models deit3_small_patch16_384 cannot be used with images of 224 x 224. ')
-    assert '\n' not in error and not (tmp_path / 'output').exists()
 
 
 @pytest.mark.parametrize('code, message', [
     (REFERENCE + '    def forward(self, x):\n        return 1.001 * super().forward(x)\n',
-     r'and hbonet_100 with its weights differ by 1\.0e-03 relative, at most 1e-04 is allowed\. '),
-    (REFERENCE.replace('width=width_mult', 'width=0.5'), 'is not the code of hbonet_100, .*RuntimeError: .*mismatch'),
-    (REFERENCE.replace('HBONet(t', 'Other(t'), "is not the code of hbonet_100, .*AttributeError: .*'HBONet'"),
-    ('import nowhere', "is not the code of hbonet_100, .*ModuleNotFoundError: No module named 'nowhere'"),
+     'ValueError: With the same weights the two differ by 1.0e-03 relative, at most 1e-04 is allowed'),
+    (REFERENCE.replace('width=width_mult', 'width=0.5'), 'RuntimeError: The weights do not fit'),
+    (REFERENCE.replace('HBONet(t', 'Other(t'), 'AttributeError: '),
+    ('import nowhere', "ModuleNotFoundError: No module named 'nowhere'"),
 ])
-def test_a_reference_that_is_another_network(run, tmp_path, code, message):
+def test_a_reference_that_is_another_network(run, tmp_path, capsys, code, message):
     path = tmp_path / 'other.py'
     path.write_text(code)
-    error = run(tmp_path / 'output', *SMALL, '--models', 'hbonet_100', '--reference', path)
-    assert re.match(f'benchmark.py: --reference {re.escape(str(path))} {message}', error) and '\n' not in error
+    assert run(tmp_path / 'output', *SMALL, '--reference', path) == 2
+    error = capsys.readouterr().err
+    assert f'--reference {path} is not the code of hbonet_010, ' in error and message in error
     assert not (tmp_path / 'output').exists()
 
 
-def test_a_package_that_is_not_installed(benchmark, run, monkeypatch, tmp_path):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find_spec(name))
-    assert run(tmp_path / 'output', *SMALL, '--modes', 'openvino') == (
-        'benchmark.py: --modes openvino needs openvino, which is not installed. '
-        "Run: pip install 'timm-hbonet[clients]'")
-    assert not (tmp_path / 'output').exists()
+def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    assert run(tmp_path / 'file', *SMALL) == 2
+    assert f'benchmark.py: error: cannot write to {tmp_path / "file"}: ' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a CUDA device')
-def test_cuda_where_there_is_none(run, tmp_path):
-    assert run(tmp_path / 'output', '--device', 'cuda') == (
-        'benchmark.py: --device cuda needs a CUDA device and a torch that is built for it, torch finds none')
-    assert not (tmp_path / 'output').exists()
+def test_cuda_where_there_is_none(run, tmp_path, capsys):
+    assert run(tmp_path / 'output', '--device', 'cuda') == 2
+    assert '--device cuda needs a CUDA device' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['file', 'file/below'])
-def test_output_that_cannot_be_a_folder(run, tmp_path, name):
-    (tmp_path / 'file').touch()
-    error = run(tmp_path / name, *SMALL)
-    assert error.startswith(f'benchmark.py: cannot write to {tmp_path / name}: ') and '\n' not in error
-    assert [path.name for path in tmp_path.iterdir()] == ['file']
+def test_the_report_of_given_numbers(tmp_path):
+    shutil.copy(reference.DATA / 'benchmark.json', tmp_path)
+    command = [sys.executable, SCRIPTS / 'benchmark_report.py', tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / 'benchmark.md').read_text()
+    assert process.stdout == text + '\n'
+    lines = read_tables(text)
+    for line in (
+            ['hbonet_100', '20.00 (19.50 to 21.00)', '5.00 (4.50 to 6.00)'],
+            ['hbonet_050_d8', '14.00 (13.50 to 15.00)', ''],  # failed in ONNX Runtime
+            ['hbonet_100', 'authors_100', '0.800', '0.500'],
+            ['hbonet_050', 'authors_050', '0.750', '0.800'],
+            ['hbonet_100', 'mobilenetv2_100', '1.250', '1.250'],
+            ['hbonet_050', 'mobilenetv3_large_100', '1.200', '2.000'],
+            ['hbonet_050_d8', 'mobilenetv3_large_100', '1.120', ''],
+            ['hbonet_100', 'authors_100', '0.909'],  # of training
+            ['mobilenetv2_100', '7.5%', '25.0%'],  # of the matrix product's 400 GFLOP/s
+            ['hbonet_100', '10.0%'],  # and 500 beside training
+            ['hbonet_100', '3.0'],
+            ['hbonet_100', '200.0'],
+            # all, outside convolutions, by type
+            ['hbonet_100', '4.75', '0.75', '76 / 70 / 3.50', '4 / 4 / 0.25', '0 / 6 / 0.50', '0 / 9 / 0.50'],
+            ['mobilenetv2_100', '3.00', '0.00', '52 / 52 / 3.00', '', '', ''],
+    ):
+        assert line in lines
+    assert 'hbonet_050_d8, onnxruntime, batch size 1: RuntimeError: no luck' in text
+    for name in ('Processor X', 'AVX2', 'fma3', 'timm 1.0.31', 'openvino: needs openvino'):
+        assert name in text
+    for name in ('accuracy_latency.png', 'growth.png'):
+        with Image.open(tmp_path / name) as image:
+            assert image.format == 'PNG'
+
+
+def test_the_pictures_show_the_figures(benchmark, monkeypatch):
+    draw_accuracy, draw_growth = (benchmark.write_report.__globals__[name] for name in ('draw_accuracy', 'draw_growth'))
+    report = json.loads((reference.DATA / 'benchmark.json').read_text())
+    rows = pd.DataFrame(**report['results'])
+    axes, = draw_accuracy(rows[rows['mode'] == 'onnxruntime'], report['top1']).axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert points['hbonet'] == [[4., 67.], [5., 73.1]]
+    assert points['mobilenetv2_100'] == [[4., 72.91]] and points['mobilenetv3_large_100'] == [[2., 75.784]]
+    assert [text.get_text() for text in axes.texts] == ['050', '100']
+    by_batch, by_size = draw_growth(rows[rows['part'] == 'growth']).axes
+    for axes, points in ((by_batch, [[1., 10.], [2., 20.]]), (by_size, [[96., 10 * 96 / 224], [224., 10.]])):
+        assert axes.get_lines()[0].get_label() == 'hbonet_100'
+        assert axes.get_lines()[0].get_xydata() == pytest.approx(torch.tensor(points).numpy())
+
+
+def test_a_report_of_no_benchmark(tmp_path):
+    command = [sys.executable, SCRIPTS / 'benchmark_report.py', tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 2 and str(tmp_path / 'benchmark.json') in process.stderr
+    assert not list(tmp_path.iterdir())
