@@ -411,7 +411,8 @@ def test_release_that_never_answers(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('content', [
-    b'<!DOCTYPE html><html></html>', b'version https://git-lfs.github.com/spec/v1\n', b'', malicious_pickle], ids=['page', 'pointer', 'empty', 'pickle'])
+    b'<!DOCTYPE html><html></html>', b'version https://git-lfs.github.com/spec/v1\n', b'', malicious_pickle,
+], ids=['page', 'pointer', 'empty', 'pickle'])
 def test_file_of_another_digest_is_refused(content, server, tmp_path):
     content, trace = content(tmp_path) if callable(content) else (content, tmp_path / 'trace')
     server.fail(RELEASE_FILE, content=content)
