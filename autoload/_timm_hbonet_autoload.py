@@ -53,7 +53,7 @@ class _TimmLoader:
 class _TimmFinder:
     """Meta path finder that lets the others find timm, and wraps the loader that they return.
 
-    It stays on the meta path: programs look for timm without importing it, try again after a failure, or import it anew.
+    It stays on the meta path: programs look for timm without importing it, try again after a failure, import it anew.
     And if it were removed, an import under way in another thread could skip the finder after it.
     """
 
