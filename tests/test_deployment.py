@@ -42,7 +42,7 @@ def fused(model):
 @pytest.fixture(scope='module')
 def photos():
     """Two photographs, normalized, [2, 3, 427, 640]."""
-    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2) / 255
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).contiguous() / 255
     return normalize(photos, timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
 
 
