@@ -174,7 +174,6 @@ def train(
                 f'The loss of epoch {epoch + 1} is exactly 0: its batches had nothing to learn from. Check the data.')
         history.append(dict(epoch=epoch + 1, loss=mean.item(), **evaluate(epoch)))
         if args.rank == 0:
-            print(f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}', flush=True)
             # in the layout of timm's CheckpointSaver, which deletes last before it renames, so that a kill in between
             # leaves none, and which has no place for the images and the history
             state = dict(
@@ -192,3 +191,4 @@ def train(
             writer.writeheader()
             writer.writerows(history)
             write_file(args.output_dir / 'summary.csv', table.getvalue().encode())
+            print(f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}', flush=True)
