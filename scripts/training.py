@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+CHECKPOINT_KEYS = {'script', 'options', 'images', 'world_size', 'history', 'epoch', 'state_dict', 'optimizer'}
 # every other option makes a run what it is, and is kept in its checkpoints
 FREE_OPTIONS = {
     'data', 'output', 'output_dir', 'evaluate', 'resume', 'pretrained', 'device', 'workers', 'distributed', 'rank',
@@ -71,9 +72,9 @@ def start_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
 def load_checkpoint(path: Path, script: str) -> Dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if checkpoint['script'] == script:
+        if checkpoint['script'] == script and checkpoint.keys() >= CHECKPOINT_KEYS:
             return checkpoint
-        reason = f'it was written by {checkpoint["script"]}'
+        reason = f'it was written by {checkpoint["script"]}, or is not whole'
     except OSError as e:
         reason = e.strerror or e
     except Exception:  # damaged files and those of other programs have many ways to fail
@@ -89,6 +90,20 @@ def restore(path: Path, *parts: Any) -> int:
         raise BadInput(
             f'{path} does not fit the model: {e} Give a file that was written with these versions of timm and '
             f'timm-hbonet.') from None
+
+
+def write_run(folder: Path, state: Dict[str, Any]) -> None:
+    """Write a checkpoint in the layout of timm's CheckpointSaver, and the history of the run as a table.
+
+    The saver itself deletes the last checkpoint before it renames the next, so that a kill in between leaves none.
+    """
+    content, table = io.BytesIO(), io.StringIO(newline='')
+    torch.save(state, content)
+    writer = csv.DictWriter(table, state['history'][-1])
+    writer.writeheader()
+    writer.writerows(state['history'])
+    write_file(folder / 'last.pth', content.getvalue())
+    write_file(folder / 'summary.csv', table.getvalue().encode())
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -174,21 +189,11 @@ def train(
                 f'The loss of epoch {epoch + 1} is exactly 0: its batches had nothing to learn from. Check the data.')
         history.append(dict(epoch=epoch + 1, loss=mean.item(), **evaluate(epoch)))
         if args.rank == 0:
-            # in the layout of timm's CheckpointSaver, which deletes last before it renames, so that a kill in between
-            # leaves none, and which has no place for the images and the history
             state = dict(
-                script=script, epoch=epoch, version=2, arch=args.model,
-                state_dict=weights.state_dict(), optimizer=optimizer.state_dict(), images=digest,
-                world_size=args.world_size, history=history,
-                options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS})
+                script=script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}, images=digest,
+                world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
+                state_dict=weights.state_dict(), optimizer=optimizer.state_dict())
             if scaler:
                 state[scaler.state_dict_key] = scaler.state_dict()
-            content = io.BytesIO()
-            torch.save(state, content)
-            write_file(args.output_dir / 'last.pth', content.getvalue())
-            table = io.StringIO(newline='')
-            writer = csv.DictWriter(table, history[-1])
-            writer.writeheader()
-            writer.writerows(history)
-            write_file(args.output_dir / 'summary.csv', table.getvalue().encode())
+            write_run(args.output_dir, state)
             print(f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}', flush=True)

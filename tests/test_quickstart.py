@@ -42,7 +42,6 @@ def trained(tmp_path_factory) -> Tuple[Path, str, str]:
     output = tmp_path_factory.mktemp('quickstart') / 'trained'
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(quickstart, 'INPUT_SIZE', (1, 32, 32))  # for speed
-        monkeypatch.setattr(quickstart, 'BATCH_SIZE', 32)
         status, out, err = run('--output', output, '--epochs', 3, '--seed', 1, '--device', 'cpu')
     assert status == 0, err
     return output, out, err
@@ -85,7 +84,7 @@ def test_the_saved_model_scores_as_printed_on_unseen_digits(trained):
         preds = model(torch.stack([transform(image) for image in images])).argmax(1).numpy()
     top1 = 100 * (preds == labels).mean()
 
-    assert top1 > 25  # 10 by chance
+    assert top1 > 30  # 10 by chance
     assert f'{top1:.2f} %' in out and f"'local-dir:{output}'" in out and str(output / 'predictions.png') in out
 
 
@@ -94,7 +93,7 @@ def test_training_shows_its_progress(trained):
     losses = re.findall(r'Epoch +(\d) of 3: loss (\S+),', out)
     assert [epoch for epoch, _ in losses] == ['1', '2', '3']
     assert float(losses[2][1]) < 0.9 * float(losses[0][1])
-    assert re.search(r'Training: 100%.* 132/132 ', err)
+    assert re.search(r'Training: 100%.* 66/66 ', err)
 
 
 def test_the_picture_shows_right_and_wrong_predictions(tmp_path, monkeypatch):
