@@ -29,15 +29,15 @@ def requirements() -> Iterator[None]:
             f"pip install -e '.[scripts]'")
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Union[int, float]]:
+def number(kind: type, least: float, most: float = sys.maxsize) -> Callable[[str], Union[int, float]]:
     """Type of an option that takes a finite number within limits."""
     def parse(text: str) -> Union[int, float]:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and least <= value <= most):
-            limits = f'of at least {least}' if most == math.inf else f'from {least} to {most}'
+        if not least <= value <= most:  # nan is not either
+            limits = f'of at least {least}' if most == sys.maxsize else f'from {least} to {most}'
             name = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f'must be {name} {limits}, got {text!r}')
         return value

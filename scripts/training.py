@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
@@ -48,7 +49,7 @@ def add_training_options(
         help='not on norms and biases (default: %(default)s)')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
-    add('--workers', type=number(int, 0), default=4, metavar='N',
+    add('--workers', type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load images, for each process (default: %(default)s)')
 
 

@@ -388,7 +388,7 @@ def test_checkpoint_that_does_not_fit_is_named(small: Path, trained: Dict[str, A
 @pytest.mark.parametrize('status, options, expected', [
     (1, ['--model', 'hbonet_101'], '--model hbonet_101'),
     (1, ['--batch-size', 20], '--batch-size 20'),
-    (1, ['--lr', 1e30], '--lr'),
+    (1, ['--lr', 1e18], '--lr'),
     (2, ['--batch-size', 6], '--batch-size'),
     (2, ['--batch-size', 4], '--batch-size'),
     (2, ['--epochs', 0], '--epochs'),
