@@ -186,7 +186,9 @@ def test_after_editable_install(tmp_path):
 
 def test_torchrun_workers(installed, fake_plugin, tmp_path):
     script = tmp_path / 'worker.py'
-    script.write_text("import os, timm; print(os.environ['RANK'], timm.is_model('hbonet_100'), flush=True)")
+    # one write each, which those of the other process cannot break up
+    script.write_text(
+        "import os, timm; os.write(1, f'{os.environ[\"RANK\"]} {timm.is_model(\"hbonet_100\")}\\n'.encode())")
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
     stdout = installed.run(*command, PYTHONPATH=fake_plugin).stdout
     assert sorted(stdout.split()) == ['0', '1', 'True', 'True']
