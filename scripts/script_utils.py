@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,12 +143,28 @@ def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Ima
         raise image_error(path, e) from None
 
 
+interrupts = []
+
+
+def interrupt(number: int, frame: Any) -> None:
+    interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """End the program if Python has lost a Ctrl-C, as it does where a loader's processes are being stopped."""
+    if interrupts:
+        raise KeyboardInterrupt
+
+
 def run_script(
         main: Callable[[argparse.Namespace, argparse.ArgumentParser], None],
         parser: argparse.ArgumentParser,
 ) -> None:
     """Run a script's main function. What the user can mend, and Ctrl-C, end it with one line."""
     args = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it
+        signal.signal(signal.SIGINT, interrupt)
     status = 1
     try:
         return main(args, parser)

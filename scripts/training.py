@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from script_utils import BadInput, add_run_options, create_output_dir, number, write_file
+from script_utils import BadInput, add_run_options, check_interrupt, create_output_dir, number, write_file
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -159,7 +159,6 @@ def train(
         start_epoch, history = restore(args.resume, weights, optimizer, scaler), checkpoint['history']
         if start_epoch >= args.epochs:
             raise BadInput(f'{args.resume} has all {args.epochs} epochs. Give it to --evaluate.')
-        scheduler.step_update(start_epoch * updates)
     if args.rank == 0:
         create_output_dir(args)
 
@@ -171,6 +170,7 @@ def train(
         mean = torch.zeros((), device=args.device)
         progress = tqdm(create_loader(epoch), f'Epoch {epoch + 1}', leave=False, disable=args.rank > 0)
         for update, batch in enumerate(progress, epoch * updates + 1):
+            check_interrupt()
             loss = compute_loss(parallel, batch)
             if not math.isfinite(loss.item()):
                 raise BadInput(f'The loss is {loss.item()} in epoch {epoch + 1}. Train anew with a lower --lr.')

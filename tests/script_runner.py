@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import Tuple
@@ -23,6 +24,7 @@ def run_script(name: str, *args: object) -> Tuple[int, str, str]:
             contextlib.redirect_stderr(io.StringIO()) as stderr,
     ):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
+        monkeypatch.setattr(script_utils.signal, 'signal', lambda *args: None)  # the tests' own stays
         try:
             script_utils.run_script(script.main, script.create_parser())
         except SystemExit as e:
@@ -34,3 +36,8 @@ def error_line(stderr: str) -> str:
     """The last line, and the only one but for progress and usage."""
     assert 'Traceback' not in stderr
     return stderr.splitlines()[-1].strip()
+
+
+def heed_ctrl_c() -> None:
+    """For Popen's preexec_fn: where the tests run in the background, their children do not get SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-from script_runner import SCRIPTS, error_line, run_script  # isort: skip
+from script_runner import SCRIPTS, error_line, heed_ctrl_c, run_script  # isort: skip
 
 import quickstart  # isort: skip
 from script_utils import BadInput, read_image  # isort: skip
@@ -137,7 +137,9 @@ def test_a_second_run_works_and_overwrites_nothing(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_leaves_nothing_half_written(tmp_path):
     command = [sys.executable, str(SCRIPTS / 'quickstart.py'), '--output', str(tmp_path / 'out'), '--device', 'cpu']
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+    ) as process:
         while not list(tmp_path.glob('out/.*/checkpoints')):  # the test's own timeout is the bound
             assert process.poll() is None
             time.sleep(0.05)

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from sklearn.metrics import average_precision_score
 
-from script_runner import SCRIPTS, error_line, run_script  # isort: skip
+from script_runner import SCRIPTS, error_line, heed_ctrl_c, run_script  # isort: skip
 
 pytest.importorskip('pytorch_metric_learning', reason="needs pytorch-metric-learning: pip install -e '.[scripts]'")
 
+import script_utils  # isort: skip
 import train_market1501  # isort: skip
 from script_utils import requirements  # isort: skip
 import training  # isort: skip
@@ -252,12 +253,19 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert status == 1 and str(last) in error_line(message) and 'other images' in message
 
 
+def test_a_ctrl_c_that_python_lost_ends_the_run_too(
+        small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script_utils, 'interrupts', [signal.SIGINT])
+    status, stdout, message = run(small, '--output', tmp_path / 'run', *BRIEF)
+    assert status == 130 and error_line(message).startswith('train_market1501.py: interrupted.') and not stdout
+
+
 def test_ctrl_c_ends_with_one_line_and_a_whole_checkpoint(small: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, SCRIPTS / 'train_market1501.py', small, '--output', tmp_path / 'run', *BRIEF,
         '--epochs', 100000]
     with subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
     ) as process:
         assert process.stdout.readline().startswith('Epoch 1 of ')
         process.send_signal(signal.SIGINT)
