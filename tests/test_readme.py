@@ -11,7 +11,10 @@ from reference import ARCHITECTURES, CHECKPOINTS, release_state_dict
 from sklearn.datasets import load_sample_image
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path: path.read_text(encoding='utf-8') for path in sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])}
+PAGES = {
+    path: path.read_text(encoding='utf-8')
+    for folder in (ROOT, ROOT / 'docs', ROOT / 'results') for path in sorted(folder.glob('*.md'))
+}
 README = PAGES[ROOT / 'README.md']
 
 
@@ -46,7 +49,7 @@ def test_code(server, tmp_path, monkeypatch):
     assert f'backbone.feature_info.channels()  # {channels}' in README
 
 
-@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_paths(path):
     for target in re.findall(r'\]\(([^)\s]+)\)', PAGES[path]):
         if target.startswith('https://'):
