@@ -13,7 +13,14 @@ def _register() -> None:
     if os.environ.get('TIMM_HBONET_AUTOLOAD') == '0':
         return
     try:
-        import timm_hbonet  # noqa: F401
+        import timm_hbonet
+        if not sys.modules['timm'].is_model('hbonet_100'):
+            # the package is that of a timm that was imported before this one, or another thread imports it and waits
+            # for this timm
+            for name in [name for name in sys.modules if name.startswith('timm_hbonet.')]:
+                del sys.modules[name]
+            import timm_hbonet.hbonet
+            timm_hbonet.HBONet = timm_hbonet.hbonet.HBONet
     except Exception as e:  # whatever is wrong here must not stop a program that only wants timm
         import logging
         # not the warnings module: a program that turns warnings into errors would be stopped after all
@@ -26,16 +33,19 @@ def _register() -> None:
 class _TimmLoader:
     """The loader that was found for timm, with registration after it."""
 
-    def __init__(self, spec):
-        self._spec = spec
-        self._loader = spec.loader
+    def __init__(self, loader):
+        self._loader = loader
 
     def __getattr__(self, name):
+        if name == '_loader':  # a copy has none at first
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module):
         # the program finds timm as if it had been imported without this
-        self._spec.loader = module.__loader__ = self._loader
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()
 
@@ -43,8 +53,8 @@ class _TimmLoader:
 class _TimmFinder:
     """Meta path finder that lets the others find timm, and wraps the loader that they return.
 
-    It stays on the meta path: programs look for timm without importing it, or try again after a failure. And if it were
-    removed, an import under way in another thread could skip the finder after it.
+    It stays on the meta path: programs look for timm without importing it, try again after a failure, import it anew.
+    And if it were removed, an import under way in another thread could skip the finder after it.
     """
 
     def __init__(self):
@@ -66,13 +76,13 @@ class _TimmFinder:
             self._threads.remove(thread)
 
         if hasattr(getattr(spec, 'loader', None), 'exec_module'):
-            spec.loader = _TimmLoader(spec)
+            spec.loader = _TimmLoader(spec.loader)
         return spec
 
 
 def install() -> None:
-    """Have the models registered at the import of timm, at once if that has been imported."""
-    if 'timm' in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
+    """Have the models registered at every import of timm, at once if that has been imported."""
+    if not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TimmFinder())
+    if sys.modules.get('timm') is not None:
+        _register()

@@ -60,7 +60,7 @@ try:
     from benchmark_report import TIMES, replace_file, write_report
     from tqdm import tqdm
 except ModuleNotFoundError as e:
-    sys.exit(f"benchmark.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
+    sys.exit(f"benchmark.py needs {e.name}, which is not installed. Run: pip install -e '.[scripts]'")
 
 # top-1 in percent at 224 x 224, from timm's results/results-imagenet.csv
 PEERS = {
@@ -390,7 +390,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         missing = [package for package in PACKAGES.get(mode, ()) if importlib.util.find_spec(package) is None]
         if missing:
             args.modes.remove(mode)
-            args.skipped.append(f"{mode}: needs {', '.join(missing)}. Run: pip install 'timm-hbonet[clients]'")
+            args.skipped.append(f"{mode}: needs {', '.join(missing)}. Run: pip install -e '.[clients]'")
             print(f'benchmark.py: skipping {args.skipped[-1]}', file=sys.stderr)
     if not args.modes:
         parser.error('no mode is left')

@@ -16,7 +16,7 @@ try:
     import tabulate  # noqa: F401, pandas needs it for Markdown
     from matplotlib.figure import Figure
 except ModuleNotFoundError as e:
-    sys.exit(f"benchmark_report.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
+    sys.exit(f"benchmark_report.py needs {e.name}, which is not installed. Run: pip install -e '.[scripts]'")
 
 PEERS = ('mobilenetv2_100', 'mobilenetv3_large_100')
 TIMES = ['median_ms', 'lower_quartile_ms', 'upper_quartile_ms']

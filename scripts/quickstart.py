@@ -9,37 +9,37 @@ With photographs: prints the top 5 classes of each, by default with the publishe
 """
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 import numpy as np
-import timm
 import timm.data
 import timm.models
 import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from script_utils import (
+    BadInput,
+    add_run_options,
+    create_model,
+    create_output_dir,
+    read_image,
+    requirements,
+    run_script,
+)
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-try:
+with requirements():
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    from tqdm import tqdm
-except ModuleNotFoundError as e:
-    sys.exit(f"quickstart.py needs {e.name}, which is not installed. Run: pip install 'timm-hbonet[scripts]'")
 
-OUTPUT_NAMES = {'checkpoints', 'config.json', 'model.safetensors', 'predictions.png'}
 INPUT_SIZE = (1, 48, 48)
 BATCH_SIZE = 64
-
-
-def fail(message: str) -> NoReturn:
-    sys.exit(f'quickstart.py: {message}')
 
 
 class Digits(Dataset):
@@ -86,57 +86,43 @@ def predict(model: torch.nn.Module, loader: DataLoader) -> Tuple[torch.Tensor, t
     return logits, labels, timm.utils.accuracy(logits, labels)[0].item()
 
 
-def train(output: Path, epochs: int, seed: int, device: torch.device) -> None:
-    """Train, save, load back and draw. `output` holds a whole new result at the end, or what it held before."""
-    folder = output.resolve()
-    try:
-        if folder.exists():
-            foreign = sorted({path.name for path in folder.iterdir()} - OUTPUT_NAMES)
-            if foreign:
-                fail(
-                    f'--output {output} holds files that are not from this script ({", ".join(foreign[:3])}). '
-                    f'Give a new or an empty folder.')
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(prefix='.quickstart-', dir=folder.parent)
-    except OSError as e:
-        fail(f'cannot write to --output {output}: {e}. Give another folder.')
-
-    with work:
-        result = Path(work.name, 'result')
-        result.mkdir()
-        timm.utils.random_seed(seed)
-        model = timm.create_model(
-            'hbonet_035',
-            num_classes=10,
-            in_chans=INPUT_SIZE[0],
-            pretrained_cfg_overlay=dict(
-                tag='digits', input_size=INPUT_SIZE, pool_size=None, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
-        ).to(device)
-        train_set, test_set = load_splits()
-        test_loader = create_eval_loader(model, test_set, device)
-        print(
-            f'{model.pretrained_cfg["architecture"]}, {sum(p.numel() for p in model.parameters()):,} parameters, '
-            f'on {device.type}: {len(train_set)} digits to train on, {len(test_set)} held out')
-        fit(model, train_set, test_loader, epochs, device, result / 'checkpoints')
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train, save, load back and draw. The whole result comes into a new folder at the end."""
+    create_output_dir(args)
+    timm.utils.random_seed(args.seed)
+    model = create_model(
+        'hbonet_035',
+        num_classes=10,
+        in_chans=INPUT_SIZE[0],
+        pretrained_cfg_overlay=dict(
+            tag='digits', input_size=INPUT_SIZE, pool_size=None, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
+    ).to(device)
+    train_set, test_set = load_splits()
+    test_loader = create_eval_loader(model, test_set, device)
+    print(
+        f'{model.pretrained_cfg["architecture"]}, {sum(p.numel() for p in model.parameters()):,} parameters, '
+        f'on {device.type}: {len(train_set)} digits to train on, {len(test_set)} held out')
+    with tempfile.TemporaryDirectory(prefix='.', dir=args.output_dir) as folder:
+        result = Path(folder)
+        fit(model, train_set, test_loader, args.epochs, device, result / 'checkpoints')
 
         # the last epoch, as to choose the best by the held-out digits would flatter the score
         logits, labels, top1 = predict(model, test_loader)
         label_names = [str(digit) for digit in range(10)]
         timm.models.save_for_hf(model, result, model_config=dict(label_names=label_names), safe_serialization=True)
 
-        reloaded = timm.create_model(f'local-dir:{result}', pretrained=True).to(device)
+        reloaded = create_model(f'local-dir:{result}', pretrained=True).to(device)
         reloaded_logits, _, reloaded_top1 = predict(reloaded, create_eval_loader(reloaded, test_set, device))
         if not torch.allclose(reloaded_logits, logits, rtol=1e-4, atol=1e-4):
-            fail(f'the saved model does not predict as the trained one does, {reloaded_top1:.2f} %, not {top1:.2f} %.')
+            raise BadInput(f'the saved model scores {reloaded_top1:.2f} %, the trained one {top1:.2f} %.')
 
         draw(test_set, reloaded_logits.softmax(-1).cpu().numpy(), result / 'predictions.png')
-        if folder.exists():
-            os.replace(folder, Path(work.name, 'previous'))
-        os.replace(result, folder)
+        for path in list(result.iterdir()):
+            os.replace(path, args.output_dir / path.name)
 
     print(f'Top-1 on the {len(test_set)} held-out digits: {top1:.2f} %')
-    print(f"Loaded back by timm.create_model('local-dir:{output}', pretrained=True): {reloaded_top1:.2f} %")
-    print(f'Picture of predictions: {output / "predictions.png"}')
+    print(f"Loaded back by timm.create_model('local-dir:{args.output_dir}', pretrained=True): {reloaded_top1:.2f} %")
+    print(f'Picture of predictions: {args.output_dir / "predictions.png"}')
 
 
 def fit(
@@ -217,14 +203,8 @@ def draw(dataset: Digits, probs: np.ndarray, path: Path) -> None:
 def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> None:
     """Print the top 5 classes of each photograph."""
     for path in photos:  # before the weights are downloaded
-        read_photo(path, 'L')
-    try:
-        model = timm.create_model(model_name, pretrained=True).to(device).eval()
-    except Exception as e:  # each source of models has errors of its own
-        fail(
-            f'cannot load --model {model_name}. {type(e).__name__}: {e}\n'
-            f'Published weights are downloaded once and then kept: run this once where the Hugging Face Hub or GitHub '
-            f'can be reached. Without a connection, classify with a model from a folder, --model local-dir:FOLDER.')
+        read_image(path)
+    model = create_model(model_name, pretrained=True).to(device).eval()
     data_config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data_config, is_training=False)
     cfg, subset, labels = model.pretrained_cfg, timm.data.infer_imagenet_subset(model), None
@@ -234,7 +214,7 @@ def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> N
         labels = timm.data.ImageNetInfo(subset)
 
     for path in tqdm(photos, desc='Classifying', unit='photo', disable=len(photos) < 2):
-        image = read_photo(path, 'L' if data_config['input_size'][0] == 1 else 'RGB')
+        image = read_image(path, 'L' if data_config['input_size'][0] == 1 else 'RGB')
         with torch.inference_mode():
             probs = model(transform(image).unsqueeze(0).to(device)).softmax(-1)[0]
         tqdm.write(f'{path}')
@@ -242,51 +222,25 @@ def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> N
             tqdm.write(f'{prob:8.2%}  {labels.index_to_description(index) if labels else f"class {index}"}')
 
 
-def read_photo(path: Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
-    except FileNotFoundError:
-        fail(f'there is no photograph {path}.')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        fail(f'cannot read {path} as an image: {e}. Give a photograph that is a JPEG, PNG or WebP file.')
-
-
-def main() -> None:
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    photographs = parser.add_argument_group('photographs')
-    photographs.add_argument('photos', nargs='*', type=Path, metavar='PHOTO', help='image files to classify')
-    photographs.add_argument(
-        '--model', metavar='NAME',
-        help="model with ImageNet or other weights, named as for timm.create_model, also 'local-dir:FOLDER' or "
+    add = parser.add_argument
+    add('photos', nargs='*', type=Path, metavar='PHOTO', help='image files to classify')
+    add('--model', metavar='NAME',
+        help="timm model for the photographs, with ImageNet or other weights, also 'local-dir:FOLDER' or "
              "'hf-hub:OWNER/NAME' (default: hbonet_100)")
-    training = parser.add_argument_group('training')
-    training.add_argument(
-        '--output', type=Path, default=Path('output/quickstart'), metavar='DIR',
-        help='folder for the trained model and the picture, an earlier result in it is replaced (default: %(default)s)')
-    training.add_argument('--epochs', type=int, default=16, help='passes over the digits (default: %(default)s)')
-    training.add_argument('--seed', type=int, default=0, help='seed of weights and augmentation (default: %(default)s)')
-    args = parser.parse_args()
+    add_run_options(parser, 'quickstart', epochs=16)
+    return parser
+
+
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.model and not args.photos:
         parser.error('--model is for photographs, give at least one PHOTO')
-    if args.model and ':' not in args.model and not timm.is_model(args.model):
-        parser.error(
-            f"--model {args.model} is not a model that timm knows. Of this family it knows "
-            f"{', '.join(timm.list_models('hbonet*')) or 'none, is timm-hbonet installed?'}")
-    if args.epochs < 1:
-        parser.error(f'--epochs must be at least 1, got {args.epochs}')
-    if not 0 <= args.seed < 2 ** 32:
-        parser.error(f'--seed must be from 0 to {2 ** 32 - 1}, got {args.seed}')
-
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if args.photos:
-        classify(args.photos, args.model or 'hbonet_100', device)
+        classify(args.photos, args.model or 'hbonet_100', torch.device(args.device))
     else:
-        train(args.output, args.epochs, args.seed, device)
+        train(args, torch.device(args.device))
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('quickstart.py: interrupted.')
+    run_script(main, create_parser())

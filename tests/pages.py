@@ -16,7 +16,8 @@ def run_page(page: str, heading: str, **variables: Any) -> Dict[str, Any]:
     return variables
 
 
-def assert_equal_to(found: Any, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+def assert_equal_to(found: Any, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
+    # single precision and another order of operations, amplified by random weights
     found, expected = torch.as_tensor(found), expected.detach()
     assert found.shape == expected.shape
     assert expected.abs().max() > 1e-3

@@ -290,7 +290,7 @@ def test_arguments_that_make_no_sense(run, tmp_path, capsys, args, message):
 @pytest.mark.parametrize('code, message', [
     (REFERENCE + '    def forward(self, x):\n        return 1.001 * super().forward(x)\n',
      'ValueError: With the same weights the two differ by 1.0e-03 relative, at most 1e-04 is allowed'),
-    (REFERENCE.replace('width=width_mult', 'width=0.5'), 'RuntimeError: The weights do not fit'),
+    (REFERENCE.replace('width=width_mult', 'width=0.5'), 'RuntimeError: '),
     (REFERENCE.replace('HBONet(t', 'Other(t'), 'AttributeError: '),
     ('import nowhere', "ModuleNotFoundError: No module named 'nowhere'"),
 ])

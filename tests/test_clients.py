@@ -2,6 +2,7 @@
 
 Weights are the stand-ins of the released ones, from the Hub and release on loopback.
 """
+import copy
 import functools
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import reference
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pages import assert_equal_to
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from timm.utils import accuracy
+from torch.distributed.fsdp import fully_shard
 from torchvision.transforms.v2.functional import normalize, resize
 
 run_page = functools.partial(pages.run_page, 'clients.md')
@@ -198,3 +201,22 @@ def test_macs_of_fvcore_and_ptflops(folder):
     expected = reference.ARCHITECTURES[NAME]
     assert page['macs'] == page['ptflops_macs'] == expected['macs']['224x224']
     assert page['parameters'] == expected['params']
+
+
+def test_fully_sharded_training(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('hbonet_025_4x_d8', depths=(1,) * 9)
+    sharded = copy.deepcopy(model)
+    images = torch.randn(2, 3, 64, 64)
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh('cpu', (1,))
+        for module in list(sharded.modules())[::-1]:
+            fully_shard(module, mesh=mesh)
+        sharded(images).square().mean().backward()
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    model(images).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)

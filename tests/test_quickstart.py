@@ -1,10 +1,12 @@
 """The quickstart trains, saves, loads back and draws, classifies photographs, and says what is wrong with its input."""
 import os
 import re
-import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any, Callable, Tuple
 
 import numpy as np
 import pytest
@@ -16,43 +18,33 @@ from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'quickstart.py'
+from script_runner import SCRIPTS, error_line, heed_ctrl_c, run_script  # isort: skip
+
+import quickstart  # isort: skip
+from script_utils import BadInput, read_image  # isort: skip
+
+FILES = {
+    'checkpoints/checkpoint-2.pth.tar', 'checkpoints/last.pth.tar', 'config.json', 'model.safetensors',
+    'predictions.png'}
 
 
-def run_process(*args: object, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
-    assert 'Traceback' not in result.stderr
-    return result
+def run(*args: object) -> Tuple[int, str, str]:
+    return run_script('quickstart.py', *args)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Function that runs the script in this process, for what is written to stdout and how it ends."""
-
-    def run(*args: object):
-        monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, args)])
-        error = None
-        try:
-            runpy.run_path(str(SCRIPT), run_name='__main__')
-        except SystemExit as e:  # a text is printed, and makes exit status 1
-            error = e.code
-        out, err = capsys.readouterr()
-        return (out, error) if error != 2 else (out, err)
-
-    return run
+def list_files(folder: Path) -> set:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """Result of a short training, in a folder that had an earlier one, and what was printed."""
+def trained(tmp_path_factory) -> Tuple[Path, str, str]:
+    """Result of a short training, and what was printed."""
     output = tmp_path_factory.mktemp('quickstart') / 'trained'
-    (output / 'checkpoints').mkdir(parents=True)
-    (output / 'checkpoints' / 'checkpoint-7.pth.tar').touch()
-    (output / 'config.json').write_text('of an earlier run')
-    result = run_process('--output', output, '--epochs', 3, '--seed', 1)
-    assert result.returncode == 0, result.stderr
-    return output, result
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quickstart, 'INPUT_SIZE', (1, 32, 32))  # for speed
+        status, out, err = run('--output', output, '--epochs', 3, '--seed', 1, '--device', 'cpu')
+    assert status == 0, err
+    return output, out, err
 
 
 @pytest.fixture(scope='module')
@@ -63,26 +55,24 @@ def photo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def imagenet_model(tmp_path_factory) -> Path:
+def imagenet_model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp('models') / 'hbonet_010'
     torch.manual_seed(0)
     model = timm.create_model('hbonet_010', pretrained_cfg_overlay=dict(input_size=(3, 96, 96)))
     torch.nn.init.normal_(model.classifier.weight)
     save_for_hf(model, str(path), safe_serialization=True)
-    return path
+    return f'local-dir:{path}'
 
 
 def test_training_leaves_a_whole_result_and_nothing_else(trained):
-    output, _ = trained
+    output, _, _ = trained
     assert list(output.parent.iterdir()) == [output]
-    files = {str(path.relative_to(output)) for path in output.rglob('*') if path.is_file()}
-    assert files == {
-        'checkpoints/checkpoint-2.pth.tar', 'checkpoints/last.pth.tar', 'config.json', 'model.safetensors',
-        'predictions.png'}
+    assert list_files(output) == FILES
+    assert {path.name for path in output.iterdir()} == {name.split('/')[0] for name in FILES}
 
 
-def test_the_saved_model_scores_as_printed(trained):
-    output, result = trained
+def test_the_saved_model_scores_as_printed_on_unseen_digits(trained):
+    output, out, _ = trained
     model = timm.create_model(f'local-dir:{output}', pretrained=True).eval()
     assert model.pretrained_cfg['architecture'] == 'hbonet_035'
     digits = load_digits()
@@ -94,35 +84,84 @@ def test_the_saved_model_scores_as_printed(trained):
         preds = model(torch.stack([transform(image) for image in images])).argmax(1).numpy()
     top1 = 100 * (preds == labels).mean()
 
-    assert top1 > 40  # 10 by chance
-    assert f'Top-1 on the 360 held-out digits: {top1:.2f} %' in result.stdout
-    assert f"Loaded back by timm.create_model('local-dir:{output}', pretrained=True): {top1:.2f} %" in result.stdout
+    assert top1 > 30  # 10 by chance
+    assert f'{top1:.2f} %' in out and f"'local-dir:{output}'" in out and str(output / 'predictions.png') in out
 
 
 def test_training_shows_its_progress(trained):
-    _, result = trained
-    losses = re.findall(r'Epoch +(\d) of 3: loss (\S+), top-1 held out \S+ %', result.stdout)
+    _, out, err = trained
+    losses = re.findall(r'Epoch +(\d) of 3: loss (\S+),', out)
     assert [epoch for epoch, _ in losses] == ['1', '2', '3']
-    assert float(losses[2][1]) < 0.7 * float(losses[0][1])
-    assert re.search(r'Training: 100%.* 66/66 ', result.stderr)
+    assert float(losses[2][1]) < 0.9 * float(losses[0][1])
+    assert re.search(r'Training: 100%.* 66/66 ', err)
 
 
-def test_the_picture_shows_right_and_wrong_predictions(trained):
-    output, _ = trained
-    with Image.open(output / 'predictions.png') as image:
+def test_the_picture_shows_right_and_wrong_predictions(tmp_path, monkeypatch):
+    figures = []
+    figure = quickstart.Figure
+    monkeypatch.setattr(quickstart, 'Figure', lambda **kwargs: figures.append(figure(**kwargs)) or figures[0])
+    _, test_set = quickstart.load_splits()
+    probs = np.full((360, 10), 0.05)
+    probs[np.arange(360), test_set.labels] = 0.55
+    probs[7] = np.eye(10)[(test_set.labels[7] + 1) % 10]
+    quickstart.draw(test_set, probs, tmp_path / 'predictions.png')
+    with Image.open(tmp_path / 'predictions.png') as image:
         assert image.format == 'PNG'
-        pixels = np.asarray(image.convert('RGB'))
-    assert pixels.shape == (720, 1440, 3)
-    titles = [(pixels == color).all(-1) for color in ((0, 100, 0), (139, 0, 0))]
-    assert titles[0][:450].sum() > 1000 and titles[1][450:].sum() > 300
-    assert not titles[0][450:].any() and not titles[1][:450].any()
+    upper, lower = figures[0].subfigs
+    right = [axes.get_title() for axes in upper.axes if axes.get_title()]
+    assert sorted(right) == sorted(2 * [f'{i} read as {i}\n55% sure' for i in range(10)])
+    wrong = [axes for axes in lower.axes if axes.get_title()]
+    label = test_set.labels[7]
+    assert [axes.get_title() for axes in wrong] == [f'{label} read as {(label + 1) % 10}\n100% sure']
+    assert np.array_equal(wrong[0].images[0].get_array(), test_set.images[7])
 
 
-def test_a_photograph_gets_its_top_5_of_imagenet(run, photo, imagenet_model):
-    out, error = run(photo, '--model', f'local-dir:{imagenet_model}')
-    assert error is None
+def test_a_second_run_works_and_overwrites_nothing(tmp_path, monkeypatch):
+    def fit(model: Any, *args: Any) -> None:
+        args[-1].mkdir()
+        for name in ('checkpoint-2.pth.tar', 'last.pth.tar'):
+            (args[-1] / name).touch()
 
-    model = timm.create_model(f'local-dir:{imagenet_model}', pretrained=True).eval()
+    monkeypatch.setattr(quickstart, 'fit', fit)  # as this is about files
+    output = tmp_path / 'out'
+    output.mkdir()  # empty
+    for path in (output, tmp_path / 'out-1'):
+        status, out, _ = run('--output', output, '--device', 'cpu')
+        assert status == 0
+        assert list_files(path) == FILES and str(path / 'predictions.png') in out
+        for name in FILES:
+            (path / name).write_text('mine')
+    assert all((output / name).read_text() == 'mine' for name in FILES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'out-1']
+
+
+def test_an_interrupted_run_leaves_nothing_half_written(tmp_path):
+    command = [sys.executable, str(SCRIPTS / 'quickstart.py'), '--output', str(tmp_path / 'out'), '--device', 'cpu']
+    with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+    ) as process:
+        while not list(tmp_path.glob('out/.*/checkpoints')):  # the test's own timeout is the bound
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert error_line(stderr) == 'quickstart.py: interrupted.'
+    assert not list((tmp_path / 'out').iterdir())
+
+
+@pytest.mark.parametrize('name', ['file/below', 'file/far/below'])
+def test_output_that_cannot_be_a_folder(tmp_path, name):
+    (tmp_path / 'file').touch()
+    status, _, err = run('--output', tmp_path / name)
+    assert status == 1 and error_line(err).startswith(f'quickstart.py: error: --output {tmp_path / name}')
+
+
+def test_a_photograph_gets_its_top_5_of_imagenet(photo, imagenet_model):
+    status, out, _ = run(photo, '--model', imagenet_model, '--device', 'cpu')
+    assert status == 0
+
+    model = timm.create_model(imagenet_model, pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.inference_mode(), Image.open(photo) as image:
         probs, indices = model(transform(image)[None]).softmax(-1)[0].topk(5)
@@ -131,9 +170,9 @@ def test_a_photograph_gets_its_top_5_of_imagenet(run, photo, imagenet_model):
     assert out.splitlines() == [str(photo), *expected]
 
 
-def test_a_photograph_is_classified_with_published_weights_by_default(run, photo, server):
-    out, error = run(photo, photo)  # two, with a progress bar
-    assert error is None
+def test_a_photograph_is_classified_with_published_weights_by_default(photo, server):
+    status, out, err = run(photo, photo, '--device', 'cpu')  # two, with a progress bar
+    assert status == 0 and '2/2' in err
     model = timm.create_model('hbonet_100', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.inference_mode(), Image.open(photo) as image:
@@ -143,85 +182,119 @@ def test_a_photograph_is_classified_with_published_weights_by_default(run, photo
     assert lines[1].endswith(f'%  {ImageNetInfo().index_to_description(index)}')
 
 
-def test_a_photograph_gets_the_labels_of_the_trained_model(run, photo, trained):
-    out, error = run(photo, '--model', f'local-dir:{trained[0]}')
-    assert error is None
+def test_a_photograph_gets_the_labels_of_the_trained_model(photo, trained):
+    status, out, _ = run(photo, '--model', f'local-dir:{trained[0]}', '--device', 'cpu')
+    assert status == 0
     assert re.fullmatch(r'(?s).*china\.jpg\n( *[\d.]+%  \d\n){5}', out)
-
-
-def test_a_photograph_is_turned_as_the_camera_was_held(run, photo, imagenet_model, tmp_path):
-    upright, turned = tmp_path / 'upright.png', tmp_path / 'turned.png'
-    with Image.open(photo) as image:
-        image.save(upright)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-        image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
-    out, _ = run(upright, turned, '--model', f'local-dir:{imagenet_model}')
-    lines = out.splitlines()
-    assert lines[1:6] == lines[7:]
 
 
 def test_weights_that_cannot_be_had(photo, server, tmp_path):
     server.reset()
-    result = run_process(photo, HF_HOME=str(tmp_path / 'huggingface'), TORCH_HOME=str(tmp_path / 'torch'))
-    assert result.returncode == 1
-    assert 'quickstart.py: cannot load --model hbonet_100' in result.stderr
-    assert 'run this once where the Hugging Face Hub or GitHub can be reached' in result.stderr
-    assert '--model local-dir:FOLDER' in result.stderr
-    assert not result.stdout
+    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'huggingface'), 'TORCH_HOME': str(tmp_path / 'torch')}
+    command = [sys.executable, str(SCRIPTS / 'quickstart.py'), str(photo)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    line = error_line(result.stderr)
+    assert result.returncode == 1 and not result.stdout
+    assert line.startswith('quickstart.py: error: --model hbonet_100') and 'local-dir:FOLDER' in line
 
 
-@pytest.mark.parametrize('model, message', [
-    ('hbonet_42', 'hbonet_42 is not a model that timm knows. Of this family it knows hbonet_010, '),
-    ('local-dir:nowhere', 'cannot load --model local-dir:nowhere. FileNotFoundError: .*nowhere'),
-    ('somewhere:hbonet_100', 'cannot load --model somewhere:hbonet_100. '),
+@pytest.mark.parametrize('model, known', [
+    ('hbonet_42', 'hbonet_010'), ('local-dir:nowhere', 'FileNotFoundError'), ('somewhere:hbonet_100', 'somewhere')])
+def test_a_model_that_does_not_exist(photo, model, known):
+    status, out, err = run(photo, '--model', model)
+    assert status == 1 and not out
+    assert error_line(err).startswith(f'quickstart.py: error: --model {model}') and known in err
+
+
+@pytest.mark.parametrize('args, name', [
+    (['--epochs', '0'], '--epochs'),
+    (['--seed', '-1'], '--seed'),
+    (['--seed', '0.5'], '--seed'),
+    (['--device', 'meta'], '--device'),
+    (['--model', 'hbonet_100'], '--model'),
 ])
-def test_a_model_that_does_not_exist(run, photo, model, message):
-    _, error = run(photo, '--model', model)
-    assert re.search(message, error)
+def test_arguments_out_of_range(args, name):
+    status, _, err = run(*args)
+    assert status == 2 and error_line(err).startswith('quickstart.py: error: ') and name in error_line(err)
 
 
-def test_a_photograph_that_does_not_exist(run, photo, tmp_path):
-    out, error = run(photo, tmp_path / 'nowhere.jpg')
-    assert error == f'quickstart.py: there is no photograph {tmp_path / "nowhere.jpg"}.'
-    assert not out
+def test_photographs_that_are_none(photo, tmp_path):
+    cut, empty, text = tmp_path / 'cut.jpg', tmp_path / 'empty.jpg', tmp_path / 'text.png'
+    cut.write_bytes(photo.read_bytes()[:20000])
+    empty.touch()
+    text.write_text('some text')
+    for path in (cut, empty, text, tmp_path, tmp_path / 'nowhere.jpg'):
+        status, out, err = run(photo, path)
+        assert status == 1 and not out
+        assert error_line(err).startswith(f'quickstart.py: error: {path} cannot be read as an image')
 
 
-@pytest.mark.parametrize('content', [b'', b'some text', b'cut'])
-def test_a_photograph_that_is_none(run, photo, tmp_path, content):
-    path = tmp_path / 'broken.jpg'
-    path.write_bytes(photo.read_bytes()[:20000] if content == b'cut' else content)
-    _, error = run(path)
-    assert error.startswith(f'quickstart.py: cannot read {path} as an image: ')
-    assert error.endswith('Give a photograph that is a JPEG, PNG or WebP file.')
+PIXELS = np.random.RandomState(0).randint(0, 256, (4, 6), dtype=np.uint8)
 
 
-def test_a_folder_of_photographs_is_none(run, photo):
-    _, error = run(photo.parent)
-    assert error.startswith(f'quickstart.py: cannot read {photo.parent} as an image: ')
+@pytest.mark.parametrize('suffix', ['png', 'tiff', 'pgm'])
+def test_16_bits_are_scaled_by_their_range(suffix, tmp_path):
+    path = tmp_path / f'deep.{suffix}'
+    Image.fromarray(PIXELS.astype(np.uint16) * 257).save(path)
+    assert np.array_equal(np.asarray(read_image(path, 'L')), PIXELS)
+    assert np.array_equal(np.asarray(read_image(path)), np.stack([PIXELS] * 3, -1))
 
 
-@pytest.mark.parametrize('args, message', [
-    (['--epochs', '0'], '--epochs must be at least 1, got 0'),
-    (['--seed', '-1'], '--seed must be from 0 to 4294967295, got -1'),
-    (['--model', 'hbonet_100'], '--model is for photographs, give at least one PHOTO'),
-])
-def test_arguments_out_of_range(run, args, message):
-    _, error = run(*args)
-    assert error.splitlines()[-1] == f'quickstart.py: error: {message}'
+@pytest.mark.parametrize('dtype', [np.int32, np.float32])
+def test_32_bits_have_no_known_range(dtype, tmp_path):
+    path = tmp_path / 'deep.tiff'
+    Image.fromarray(PIXELS.astype(dtype)).save(path)
+    with pytest.raises(BadInput, match='deep.tiff.*32 bits'):
+        read_image(path)
 
 
-def test_other_files_are_not_replaced(run, tmp_path):
-    (tmp_path / 'thesis.tex').write_text('years of work')
-    _, error = run('--output', tmp_path)
-    assert error == (
-        f'quickstart.py: --output {tmp_path} holds files that are not from this script (thesis.tex). '
-        f'Give a new or an empty folder.')
-    assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+@pytest.mark.parametrize('mode, color, key', [
+    ('RGBA', (255, 0, 0, 0), None), ('LA', (76, 0), None), ('L', 76, 76), ('RGB', (255, 0, 0), (255, 0, 0)),
+    ('P', 1, 1)])
+def test_what_is_transparent_is_white(mode, color, key, tmp_path):
+    opaque = {'RGBA': (0, 0, 0, 255), 'LA': (0, 255), 'L': 0, 'RGB': (0, 0, 0), 'P': 0}
+    image = Image.new(mode, (6, 4), color)
+    if mode == 'P':
+        image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(opaque[mode], (0, 0, 3, 4))
+    for options in [{}] if key is None else [{}, {'transparency': key}]:
+        image.save(tmp_path / 'picture.png', **options)
+        found = np.asarray(read_image(tmp_path / 'picture.png'))
+        assert (found[:, :3] == 0).all()
+        assert (found[:, 3:] == 255).all() == bool(options or key is None)
 
 
-@pytest.mark.parametrize('name', ['file', 'file/below'])
-def test_output_that_cannot_be_a_folder(run, tmp_path, name):
-    (tmp_path / 'file').touch()
-    _, error = run('--output', tmp_path / name)
-    assert error.startswith(f'quickstart.py: cannot write to --output {tmp_path / name}: ')
+def save_cmyk(path: Path) -> None:
+    Image.new('CMYK', (6, 4), (0, 255, 255, 0)).save(path, 'JPEG', quality=95)
+
+
+def save_animation(path: Path) -> None:
+    first, second = Image.new('RGB', (6, 4), 'red'), Image.new('RGB', (6, 4), 'blue')
+    first.save(path, 'GIF', save_all=True, append_images=[second])
+
+
+@pytest.mark.parametrize('save', [save_cmyk, save_animation])
+def test_other_kinds_of_files_are_read(save: Callable[[Path], None], tmp_path):
+    save(tmp_path / 'picture')
+    found = np.asarray(read_image(tmp_path / 'picture')).astype(int)
+    assert np.abs(found - (255, 0, 0)).max() < 10  # red
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_photograph_is_turned_as_the_camera_was_held(orientation, tmp_path):
+    upright = Image.fromarray(PIXELS)
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270}.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright.transpose(turn) if turn is not None else upright).save(tmp_path / 'turned.png', exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / 'turned.png', 'L')), PIXELS)
+
+
+def test_an_image_that_could_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / 'bomb.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+    with pytest.raises(BadInput, match='bomb.png'):
+        read_image(tmp_path / 'bomb.png')

@@ -116,13 +116,17 @@ def fake_timm(tmp_path):
 
 @pytest.fixture
 def fake_plugin(fake_timm):
-    """Folder of the same `timm`, and of a `timm_hbonet` that counts its imports and needs no torch."""
-    (fake_timm / 'timm_hbonet.py').write_text(
+    """Folder of the same `timm`, and of a `timm_hbonet` with one model that needs no torch, and counts its imports."""
+    package = fake_timm / 'timm_hbonet'
+    package.mkdir()
+    (package / '__init__.py').write_text((ROOT / 'timm_hbonet/__init__.py').read_text())
+    (package / 'hbonet.py').write_text(
         'import timm\n'
         'from timm.models import register_model\n'
         'timm.imports_of_plugin = getattr(timm, "imports_of_plugin", 0) + 1\n'
+        'class HBONet: pass\n'
         '@register_model\n'
-        'def hbonet_100(): pass\n'
+        'def hbonet_100(): return HBONet()\n'
     )
     return fake_timm
 
@@ -145,7 +149,7 @@ def test_wheel_has_the_startup_files_at_its_root_and_lists_them(wheel):
             assert file.read(name) == (ROOT / 'autoload' / name).read_bytes()
     assert {line.split(',')[0] for line in record.splitlines()} == set(names)
     package = {f'timm_hbonet/{path.name}' for path in (ROOT / 'timm_hbonet').iterdir() if path.is_file()}
-    assert {'timm_hbonet/py.typed', 'timm_hbonet/releases.json'} < package
+    assert 'timm_hbonet/py.typed' in package
     assert {name for name in names if '.dist-info/' not in name} == package | set(STARTUP_FILES)
 
 
@@ -168,7 +172,8 @@ def test_startup_loads_one_small_module(bare):
 
 
 def test_after_pip_install(installed):
-    assert installed.run('-c', LIST_MODELS).stdout == f'{ARCHITECTURES}\n'
+    code = "from timm.models import create_model; print(type(create_model('hbonet_010')).__name__); " + LIST_MODELS
+    assert installed.run('-c', code).stdout == f'HBONet\n{ARCHITECTURES}\n'
 
 
 @pytest.mark.usefixtures('wheel')  # which says what is missing
@@ -179,27 +184,17 @@ def test_after_editable_install(tmp_path):
     assert stdout == f'{ARCHITECTURES}\n{ROOT / "timm_hbonet/__init__.py"}\n'
 
 
-def test_import_from_timm_models(installed):
-    code = "from timm.models import create_model; print(type(create_model('hbonet_010')).__name__)"
-    assert installed.run('-c', code).stdout == 'HBONet\n'
-
-
-def test_torchrun_workers(installed, tmp_path):
+def test_torchrun_workers(installed, fake_plugin, tmp_path):
     script = tmp_path / 'worker.py'
-    script.write_text(textwrap.dedent("""
-        import torch.distributed as dist
-        import timm
-        dist.init_process_group('gloo')
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, len(timm.list_models('hbonet*')))
-        if dist.get_rank() == 0:
-            print('found', *found)
-    """))
-    result = installed.run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script)
-    assert 'found 11 11' in result.stdout
+    # one write each, which those of the other process cannot break up
+    script.write_text(
+        "import os, timm; os.write(1, f'{os.environ[\"RANK\"]} {timm.is_model(\"hbonet_100\")}\\n'.encode())")
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
+    stdout = installed.run(*command, PYTHONPATH=fake_plugin).stdout
+    assert sorted(stdout.split()) == ['0', '1', 'True', 'True']
 
 
-def test_spawned_data_loader_worker(installed, tmp_path):
+def test_spawned_data_loader_worker(installed, fake_plugin, tmp_path):
     script = tmp_path / 'loader.py'
     script.write_text(textwrap.dedent("""
         import sys
@@ -217,13 +212,13 @@ def test_spawned_data_loader_worker(installed, tmp_path):
             print(*DataLoader(Known(), num_workers=1, multiprocessing_context='spawn'), 'timm' in sys.modules)
     """))
     # known in the worker, that has not got it from the parent
-    assert installed.run(script).stdout == 'tensor([True]) False\n'
+    assert installed.run(script, PYTHONPATH=fake_plugin).stdout == 'tensor([True]) False\n'
 
 
 def test_unedited_script_of_timm(installed):
     folder = os.environ.get('TIMM_REPO')
     if not folder:
-        pytest.skip('set TIMM_REPO to a checkout of github.com/huggingface/pytorch-image-models, that has benchmark.py')
+        pytest.skip('git clone https://github.com/huggingface/pytorch-image-models, and set TIMM_REPO to that folder')
     args = '--model hbonet_010 --bench inference --device cpu --img-size 32 -b 1 --num-bench-iter 5 --num-warm-iter 1'
     result = installed.run(Path(folder) / 'benchmark.py', *args.split())
     assert '"model": "hbonet_010"' in result.stdout and '"infer_samples_per_sec"' in result.stdout
@@ -252,9 +247,9 @@ def test_start_file_alone_registers(bare, fake_plugin):
 # It stays out of the way
 
 
-def test_switched_off_until_it_is_imported(installed):
+def test_switched_off_until_it_is_imported(bare, fake_plugin):
     code = LIST_MODELS + '; import timm_hbonet; ' + LIST_MODELS
-    assert installed.run('-c', code, TIMM_HBONET_AUTOLOAD=0).stdout == f'[]\n{ARCHITECTURES}\n'
+    assert run_code(bare, code, TIMM_HBONET_AUTOLOAD=0, PYTHONPATH=fake_plugin) == "[]\n['hbonet_100']\n"
 
 
 @pytest.mark.parametrize('warnings', ['default', 'error'])
@@ -340,6 +335,72 @@ def test_import_of_timm_that_fails_and_is_tried_again(bare, fake_plugin):
         import timm
         assert timm.is_model('hbonet_100')
     """, PYTHONPATH=fake_plugin, BREAK_TIMM=1)
+
+
+def test_timm_deleted_and_imported_anew(bare, fake_plugin):
+    code = """
+        import copy, importlib, sys
+        {imports}
+        for kept in ([], ['timm_hbonet'], ['timm.models'], ['timm_hbonet', 'timm.models']):
+            old = timm
+            for name in list(sys.modules):
+                if name.startswith('timm') and not any((name + '.').startswith(k + '.') for k in kept):
+                    del sys.modules[name]
+            import timm
+            assert timm is not old and timm.is_model('hbonet_100')
+            import timm_hbonet
+            assert type(timm.model_entrypoint('hbonet_100')()) is timm_hbonet.HBONet
+            importlib.reload(timm_hbonet)
+            assert type(timm.model_entrypoint('hbonet_100')()) is timm_hbonet.HBONet
+    """
+    for imports in ('import timm', 'import timm_hbonet, timm'):
+        run_code(bare, code.format(imports=imports), PYTHONPATH=fake_plugin)
+    late = f'import site, timm; site.addsitedir({str(bare.site)!r})'
+    run_code(bare, code.format(imports=late), '-S', PYTHONPATH=fake_plugin)
+
+
+def test_spec_and_loader_copied_before_the_import(bare, fake_plugin):
+    run_code(bare, """
+        import copy, importlib.util, pickle, pkgutil, sys
+        spec = importlib.util.find_spec('timm')
+        assert 'is_model' in spec.loader.get_source('timm') and not hasattr(spec.loader, 'unheard_of')
+        specs = [copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))]
+        assert not {'timm', 'timm_hbonet'} & set(sys.modules)
+        for spec in specs:
+            spec.loader = copy.copy(spec.loader)
+            timm = sys.modules['timm'] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(timm)
+            assert timm.is_model('hbonet_100')
+            assert type(timm.__loader__).__name__ == type(timm.__spec__.loader).__name__ == 'SourceFileLoader'
+            for name in list(sys.modules):
+                if name.startswith('timm'):
+                    del sys.modules[name]
+        assert b'is_model' in pkgutil.get_data('timm', '__init__.py')
+    """, PYTHONPATH=fake_plugin)
+
+
+@pytest.mark.parametrize('timm', ['folder', 'module', 'blocked'])
+def test_another_thing_named_timm(bare, tmp_path, timm):
+    if timm == 'folder':
+        (tmp_path / 'timm').mkdir()
+    elif timm == 'module':
+        (tmp_path / 'timm.py').write_text('x = 1')
+    result = bare.run('-c', f"""if True:
+        import sys
+        sys.path.append({str(tmp_path)!r})
+        if {timm == 'blocked'}:
+            sys.modules['timm'] = None
+            import _timm_hbonet_autoload
+            _timm_hbonet_autoload.install()
+        try:
+            import timm
+            print(timm.__name__)
+        except ModuleNotFoundError as e:
+            print(e.name)
+    """)
+    assert result.stdout == 'timm\n'
+    # a module of that name is a timm that the plugin cannot work with
+    assert result.stderr.count('\n') == (timm == 'module')
 
 
 def test_timm_in_a_zip_file_whose_loader_others_share(bare, fake_plugin, tmp_path):
@@ -430,17 +491,33 @@ def test_startup_files_read_twice_or_late(bare, fake_plugin):
     """, '-S', PYTHONPATH=fake_plugin)
 
 
-def test_threads_that_import_at_the_same_time(bare, fake_plugin):
+@pytest.mark.parametrize('second', ['timm', 'timm_hbonet'])
+def test_threads_that_import_at_the_same_time(bare, fake_plugin, second):
     with open(fake_plugin / 'timm/__init__.py', 'a') as f:
-        f.write('import time; time.sleep(0.1)\n')
-    run_code(bare, """
-        from concurrent.futures import ThreadPoolExecutor
-        from threading import Barrier
-        barrier = Barrier(8)
-        def known(_):
-            barrier.wait()
+        f.write('import __main__; __main__.wait_for_the_other()\n')
+    run_code(bare, f"""
+        import sys, threading, time
+        in_timm, known = threading.Event(), []
+
+        def wait_for_the_other():  # within its import, of which no one can say that it has begun to wait
+            in_timm.set()
+            deadline = time.monotonic() + 60
+            while {second!r} not in sys.modules and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.05)
+
+        def import_second():
+            in_timm.wait(60)
+            import {second}
             import timm
-            return timm.is_model('hbonet_100')
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(known, range(8)))
+            known.append(timm.is_model('hbonet_100'))
+
+        threads = [threading.Thread(target=import_second) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        import timm
+        known.append(timm.is_model('hbonet_100'))
+        for thread in threads:
+            thread.join()
+        assert known == [True] * 5 and timm.imports_of_plugin == 1
     """, PYTHONPATH=fake_plugin)

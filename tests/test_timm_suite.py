@@ -3,32 +3,26 @@
 They come from timm's source distribution, which pip downloads once into pytest's cache folder.
 """
 import os
+import re
 import subprocess
 import sys
 import tarfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import timm
+from reference import ARCHITECTURES
+from timm_suite_plugin import REPRESENTATIVES
 
-# all that timm asks of every model, and how many of ours it asks: 11 architectures, 19 pretrained tags
-EXPECTED = {
-    'test_model_forward': 11,
-    'test_model_backward': 11,
-    'test_model_default_cfgs': 19,
-    'test_model_load_pretrained': 19,
-    'test_model_features_pretrained': 19,
-    'test_model_forward_torchscript': 11,
-    'test_model_forward_features': 11,
-    'test_model_forward_intermediates_features': 11,
-    'test_model_forward_intermediates': 11,
-    'test_prune_intermediate_layers_contract': 11,
-    'test_model_forward_fx': 11,
-    'test_model_backward_fx': 11,
-    'test_model_forward_fx_torchscript': 11,
-}
+# some of what timm asks of models, by names that it has kept for years
+EVERY_ARCHITECTURE = {
+    'test_model_forward', 'test_model_backward', 'test_model_forward_features', 'test_model_forward_intermediates',
+    'test_model_forward_intermediates_features'}
+EVERY_KIND = {
+    'test_model_default_cfgs', 'test_model_load_pretrained', 'test_model_features_pretrained',
+    'test_model_forward_torchscript', 'test_model_forward_fx', 'test_model_backward_fx'}
 
 
 @pytest.fixture(scope='session')
@@ -49,13 +43,19 @@ def timm_source(pytestconfig):
 def test_timm_suite(timm_source, server, tmp_path):
     report = tmp_path / 'report.xml'
     command = [
-        sys.executable, '-m', 'pytest', '-p', 'timm_suite_plugin', 'tests/test_models.py', '-k', 'hbonet', '-q',
+        sys.executable, '-m', 'pytest', '-p', 'timm_suite_plugin', 'tests/test_models.py', '-q',
         '-p', 'no:cacheprovider', '--tb=short', f'--junitxml={report}']
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
     environment.pop('GITHUB_ACTIONS', None)  # timm leaves out the pretrained tests where it is set
     environment.pop('PYTEST_ADDOPTS', None)
     done = subprocess.run(command, cwd=timm_source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    cases = list(ElementTree.parse(report).iter('testcase'))
-    passed = Counter(case.get('name').split('[')[0] for case in cases if not len(case))
-    assert passed == EXPECTED
+    passed = defaultdict(set)
+    for case in ElementTree.parse(report).iter('testcase'):
+        if not len(case):
+            test, _, parameters = case.get('name').partition('[')
+            passed[test].add(re.search(r'hbonet_\w+', parameters)[0])
+    for test in EVERY_ARCHITECTURE:
+        assert passed[test] == set(ARCHITECTURES), test
+    for test in EVERY_KIND:
+        assert passed[test] == REPRESENTATIVES, test

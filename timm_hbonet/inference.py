@@ -101,8 +101,9 @@ class AveragePool(nn.Module):
         self.conv.weight = nn.Parameter(like.new_full((chs, 1, 2, 2), 0.25), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[-2], x.shape[-1]
         # sizes that a trace or an export leaves open are no int, and must not decide what is recorded
-        if isinstance(x.shape[-2] + x.shape[-1], int) and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0:
+        if isinstance(h, int) and isinstance(w, int) and h % 2 == 0 and w % 2 == 0:
             return self.conv(x)
         return self.pool(x)
 
@@ -111,7 +112,7 @@ class NearestExpansion(nn.Module):
     """Spatial expansion by 2, which runtimes take more readily by its factor than by the size that it leads to."""
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
-        if isinstance(size[0] + size[1], int):
+        if isinstance(size[0], int) and isinstance(size[1], int):
             return F.interpolate(x, scale_factor=2.)[:, :, :size[0], :size[1]]
         return F.interpolate(x, size=size)
 
@@ -189,6 +190,7 @@ class InferenceStage(nn.Module):
         self.in_layouts = in_layouts
         out_layout = sum(blocks[-1].layouts, [])
         self.out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
+        self.is_whole = self.out_places == list(range(len(out_layout)))
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         for block in self.blocks:
@@ -197,9 +199,7 @@ class InferenceStage(nn.Module):
 
     def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
         x = _join(parts)
-        if self.out_places == list(range(x.shape[1])):
-            return x
-        return x[:, torch.tensor(self.out_places, device=x.device)]
+        return x if self.is_whole else x[:, torch.tensor(self.out_places, device=x.device)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: List[torch.Tensor] = []

@@ -1,0 +1,183 @@
+"""What the training scripts and the quickstart share: options, errors, folders and files that they write, images."""
+import argparse
+import math
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, Union
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.utils import get_outdir
+
+
+class BadInput(Exception):
+    """A file or an option that the user has to change, and how. The message is one line."""
+
+
+@contextmanager
+def requirements() -> Iterator[None]:
+    """Name a library that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: {e.name} is not installed. In a clone of timm-hbonet, run "
+            f"pip install -e '.[scripts]'")
+
+
+def number(kind: type, least: float, most: float = sys.maxsize) -> Callable[[str], Union[int, float]]:
+    """Type of an option that takes a finite number within limits."""
+    def parse(text: str) -> Union[int, float]:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:  # nan is not either
+            limits = f'of at least {least}' if most == sys.maxsize else f'from {least} to {most}'
+            name = 'a whole number' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(f'must be {name} {limits}, got {text!r}')
+        return value
+    return parse
+
+
+def device(text: str) -> str:
+    """Type of an option that takes PyTorch's name of a device of this machine."""
+    try:
+        found = torch.device(text)
+        if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f'this machine has {torch.cuda.device_count()} CUDA devices')
+        if found.type != 'cuda':  # memory there would be taken in each of several processes
+            torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
+        reason = str(e).splitlines()[0]
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {reason}. Give another, such as cpu') from None
+    return text
+
+
+def add_run_options(parser: argparse.ArgumentParser, output: str, epochs: int) -> None:
+    """Options that all scripts have."""
+    add = parser.add_argument
+    add('--output', type=Path, default=Path('output') / output, metavar='DIR',
+        help='new folder for what is written; if there are files in it, DIR-1, DIR-2, ... (default: %(default)s)')
+    add('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
+        help='(default: %(default)s)')
+    add('--epochs', type=number(int, 1), default=epochs, metavar='N', help='(default: %(default)s)')
+    # torch, NumPy and Python take more, less the epochs and processes that are added
+    add('--seed', type=number(int, 0, 2 ** 31), default=0, metavar='N',
+        help='seed of weights, order and augmentation (default: %(default)s)')
+
+
+def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as e:  # each source of models and weights has errors of its own
+        known = ', '.join(timm.list_models('hbonet*')) or 'none, timm-hbonet is not installed'
+        raise BadInput(
+            f'--model {name} cannot be created. {type(e).__name__}: {e} timm lists models by timm.list_models(), of '
+            f'this family: {known}. Published weights need the Hugging Face Hub or GitHub once; a folder with weights '
+            f'needs neither, --model local-dir:FOLDER.') from None
+
+
+def create_output_dir(args: argparse.Namespace) -> None:
+    """Make --output a new or an empty folder: nothing that a call finds is overwritten.
+
+    Takes the next free number like timm's scripts, and sets `args.output_dir`.
+    """
+    path = args.output if args.output.name not in ('', '..') else args.output.resolve()
+    try:
+        if not path.is_dir() or any(path.iterdir()):
+            path = Path(get_outdir(str(path), inc=True))
+    except (OSError, AssertionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else 'the numbers up to 99 are taken'
+        raise BadInput(f'--output {args.output} cannot be made: {reason}. Give another folder.') from None
+    args.output_dir = path
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside the place and rename, so that the file is never half-written."""
+    partial = path.with_name(f'.{path.name}')
+    try:
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as e:
+        raise BadInput(f'{path} cannot be written: {e.strerror or e}. Make room, or give another --output.') from None
+
+
+def image_error(path: Path, error: Exception) -> BadInput:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return BadInput(f'{path} cannot be read as an image: {reason}. Give a JPEG, PNG or WebP file.')
+
+
+def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
+    """Read an image (the first of several) with transparency on white.
+
+    Args:
+        mode: Pillow's name of what to convert to, 'RGB' or 'L'.
+        upright: Turn it as its EXIF data say.
+
+    Raises:
+        BadInput: If it cannot be read, or has shades of an unknown range.
+    """
+    try:
+        with Image.open(path) as file:
+            bits_16 = file.mode.startswith('I;16') or (file.mode == 'I' and file.format in ('PNG', 'PPM'))
+            if file.mode in ('I', 'F') and not bits_16:
+                raise ValueError(f'its {file.mode!r} pixels have 32 bits and no known range, convert it to 8 or 16')
+            file.load()
+            image = ImageOps.exif_transpose(file) if upright else file.copy()
+        if bits_16:  # Pillow would cut off what is above 255
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert(mode)
+    except Exception as e:  # each of Pillow's decoders has errors of its own
+        raise image_error(path, e) from None
+
+
+interrupts = []
+
+
+def interrupt(number: int, frame: Any) -> None:
+    interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """End the program if Python has lost a Ctrl-C, as it does where a loader's processes are being stopped."""
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+def run_script(
+        main: Callable[[argparse.Namespace, argparse.ArgumentParser], None],
+        parser: argparse.ArgumentParser,
+) -> None:
+    """Run a script's main function. What the user can mend, and Ctrl-C, end it with one line."""
+    args = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it
+        signal.signal(signal.SIGINT, interrupt)
+    status = 1
+    try:
+        return main(args, parser)
+    except BadInput as e:
+        # the exception of a loader's process has its traceback before the message
+        message = f'error: {str(e).rpartition("BadInput: ")[2].strip()}'
+    except OSError as e:
+        message = f'error: {e.filename or type(e).__name__}: {e.strerror or e}.'
+    except KeyboardInterrupt:
+        message, status = 'interrupted.', 130
+    # only now, as an exception's frames keep progress bars on the screen
+    last = getattr(args, 'output_dir', None) and args.output_dir / 'last.pth'
+    if last and last.exists():
+        message += f' What was trained is in {last}, continue with --resume {last}'
+    print(f'{parser.prog}: {" ".join(message.splitlines())}', file=sys.stderr)
+    sys.exit(status)
