@@ -2,24 +2,19 @@
 """Draw the harmonious bottleneck at rates 2, 4 and 8 and strides 1 and 2, with the sizes that its layers return."""
 import argparse
 import io
-import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import List, Tuple
 
 import torch
+from PIL import Image
+from script_utils import requirements, run_script, write_file
 
 from timm_hbonet.hbonet import HarmoniousBottleneck
 
-try:
+with requirements():
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
-    from PIL import Image
-except ModuleNotFoundError as e:
-    sys.exit(
-        f"draw_block.py: error: {e.name} is not installed. In a clone of timm-hbonet, run pip install -e '.[scripts]'")
 
 CHANNELS, SIZE = 72, 56
 PASSED, ADDED, COMPUTED = '#f0a04b', '#9ecae1', '#3b7cb5'
@@ -94,23 +89,17 @@ def draw() -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'output', type=Path, nargs='?', default=Path(__file__).parents[1] / 'docs' / 'block.png',
-        help='PNG file to write (default: docs/block.png)')
-    args = parser.parse_args()
-    picture = io.BytesIO()
-    draw().savefig(picture, format='png')
-    try:
-        with tempfile.TemporaryDirectory(dir=args.output.parent) as scratch:
-            partial = Path(scratch, args.output.name)
-            Image.open(picture).convert('RGB').quantize(64).save(partial, 'PNG', optimize=True)
-            os.replace(partial, args.output)
-    except OSError as e:
-        sys.exit(f'draw_block.py: cannot write {args.output}. {type(e).__name__}: {e.strerror}')
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    draw().savefig(drawn, format='png')
+    Image.open(drawn).convert('RGB').quantize(64).save(picture, 'PNG', optimize=True)
+    write_file(args.output, picture.getvalue())
     print(args.output)
 
 
 if __name__ == '__main__':
-    main()
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument(
+        '--output', type=Path, default=Path(__file__).parents[1] / 'docs' / 'block.png', metavar='FILE',
+        help='PNG file to write (default: docs/block.png)')
+    run_script(main, options)
