@@ -24,7 +24,8 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).parents[1]
 REPO = os.environ.get('TIMM_REPO')
 RECIPES = ROOT / 'scripts' / 'recipes'
-COMMANDS = re.findall(r'^    ((?:python|torchrun) .*)$', (ROOT / 'docs' / 'imagenet.md').read_text(), re.MULTILINE)
+PAGE = (ROOT / 'docs' / 'imagenet.md').read_text(encoding='utf-8')
+COMMANDS = re.findall(r'^((?:python|torchrun) .*)$', PAGE.replace('\\\n', ' '), re.MULTILINE)
 SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
 # so that 32 steps are enough to learn something
 QUICK = ['--epochs', '2', '--lr', '0.01', '--scale', '0.8', '1', '--bn-momentum', '0.5']
