@@ -24,7 +24,7 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     create_classifier,
-    get_norm_act_layer,
+    get_norm_layer,
     make_divisible,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
@@ -484,7 +484,7 @@ default_cfgs = generate_default_cfgs({
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_act_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
     model = build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
