@@ -10,6 +10,7 @@ It computes what the network computes in eval mode, with
 
 At its ends, channels are in the network's own order and number.
 """
+import copy
 from typing import List, Optional, Sequence, Union
 
 import torch
@@ -163,7 +164,7 @@ class InferenceBottleneck(nn.Module):
             block.pool if isinstance(block.pool, nn.Identity) else AveragePool(block.pool, len(layout), like)
             for layout in in_layouts])
         if self.has_skip:
-            self.expand = block.expand
+            self.expand = copy.deepcopy(block.expand)
             if self.expand.conv is not None:
                 self.expand.conv = _lay_out(self.expand.conv, computed_layout)
             elif (self.expand.mode, self.expand.stride) == ('nearest', 2):
