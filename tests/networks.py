@@ -34,7 +34,7 @@ def estimate_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
             m.weight.uniform_(0.5, 1.5, generator=generator)
             m.bias.normal_(0., 0.1, generator=generator)
     with torch.no_grad():
-        model.train()(torch.randn(4, conv.in_channels, 64, 64, generator=generator, dtype=torch.float64).to(conv.weight))
+        model.train()(images(4, conv.in_channels, 64, 64, dtype=conv.weight.dtype, seed=seed + 1))
     for m, value in zip(norms, momentum, strict=True):
         m.momentum = value
     return model.eval()
@@ -42,8 +42,10 @@ def estimate_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def create_network(name: str = 'hbonet_010', dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
     """A network in eval mode whose logits are of the order of 1."""
-    # some of timm's activations have weights and take no dtype
-    return estimate_statistics(timm.create_model(name, **kwargs).to(dtype))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(name, **kwargs)
+    return estimate_statistics(model.to(dtype))  # some of timm's activations have weights and take no dtype
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:

@@ -185,13 +185,13 @@ def test_bn_arguments_of_the_scripts(kwargs):
 
 
 @pytest.mark.parametrize('act_layer, act, count', [
-    ('relu6', nn.ReLU6, 35), ('silu', nn.SiLU, 35), ('prelu', nn.PReLU, 35), ('hard_swish', nn.Module, 0), ('', nn.ReLU6, 0)])
+    ('relu6', nn.ReLU6, 35), ('silu', nn.SiLU, 35), ('prelu', nn.PReLU, 35), ('hard_swish', nn.Hardswish, 35),
+    ('', nn.ReLU6, 0)])
 @pytest.mark.parametrize('norm_layer', ['groupnorm1', BatchNormAct2d])
 def test_norm_and_act_layers(norm_layer, act_layer, act, count):
     model = timm.create_model('hbonet_010', norm_layer=norm_layer, act_layer=act_layer)
     assert isinstance(model.conv_stem.bn, nn.GroupNorm if norm_layer == 'groupnorm1' else BatchNormAct2d)
-    if count or not act_layer:
-        assert sum(isinstance(m, act) for m in model.modules()) == count
+    assert sum(isinstance(m, act) for m in model.modules()) == count
     if act_layer != 'relu6':
         assert not any(isinstance(m, nn.ReLU6) for m in model.modules())
     logits = model(images(2, 3, 32, 32, dtype=torch.float32))
@@ -283,9 +283,8 @@ def test_multiples_of_32_are_as_released_to_the_bit(rate, stride):
         assert torch.equal(torch.jit.script(block)(x), expected)
         assert torch.equal(torch.fx.symbolic_trace(block)(x), expected)
         for m in block.modules():
-            if m is not block and not isinstance(m, BatchNormAct2d):
-                m.train()
-        assert torch.equal(block.requires_grad_(False)(x), expected)
+            m.training = not isinstance(m, BatchNormAct2d)
+        assert torch.equal(block(x), expected)
 
 
 def test_only_rate_2_activates_before_the_channels_are_contracted():
@@ -314,18 +313,17 @@ def test_pooling_averages_the_pixels_that_there_are():
     expected = [[[[4., 7.], [3., 8.]]]]
     for pool in (AvgPool2dCeil(), torch.jit.script(AvgPool2dCeil()), torch.fx.symbolic_trace(AvgPool2dCeil())):
         assert pool(x).tolist() == expected
-    dims = {2: torch.export.Dim('height'), 3: torch.export.Dim('width')}
+    dims = {2: torch.export.Dim('height', min=3), 3: torch.export.Dim('width', min=3)}
     program = torch.export.export(AvgPool2dCeil(), (torch.zeros(1, 1, 4, 4),), dynamic_shapes=(dims,)).module()
     assert program(x).tolist() == expected
-    assert torch.equal(program(x[..., :2, :2]), x[..., :2, :2].mean((2, 3), keepdim=True))
     assert torch.equal(program(x.tile(2, 1, 3, 2)), AvgPool2dCeil()(x.tile(2, 1, 3, 2)))
 
 
 @pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
 def test_backward_hooks_on_every_module(name):
-    gradients = []
+    gradients, calls = [], set()
     for hooked in (False, True):
-        model, calls = released(name).train(), set()
+        model = released(name).train()
         for key, m in model.named_modules():
             if hasattr(m, 'inplace'):
                 m.inplace = False
@@ -335,17 +333,19 @@ def test_backward_hooks_on_every_module(name):
         model(image).square().mean().backward()
         gradients.append([image.grad, *(p.grad for p in model.parameters())])
         assert image._backward_hooks is None
-        if hooked:
-            silent = {key for key, m in model.named_modules() if key not in calls}
-            # containers that are called by item, and identities of a norm without an activation or drop
-            assert not any(isinstance(model.get_submodule(k), (nn.Conv2d, BatchNormAct2d, HarmoniousBottleneck)) for k in silent)
+        layers = (nn.Conv2d, nn.Linear, BatchNormAct2d, HarmoniousBottleneck, InvertedResidual)
+        assert not hooked or calls >= {key for key, m in model.named_modules() if isinstance(m, layers)}
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
 
 
+# one block a stage has all that there is to compile, in a third of the time
+SHORT = dict(depths=(1,) * 9, num_classes=5)
+
+
 @pytest.mark.parametrize('name, spatial_expansion', [('hbonet_025_8x_d8', 'nearest'), ('hbonet_010', 'deconv')])
 def test_compile_has_no_graph_break(name, spatial_expansion):
-    model, image = create_network(name, spatial_expansion=spatial_expansion), images(2, 3, 64, 64)
+    model, image = create_network(name, spatial_expansion=spatial_expansion, **SHORT), images(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         assert_equal(compiled(image), model(image))
@@ -361,11 +361,11 @@ def test_compile_has_no_graph_break(name, spatial_expansion):
 
 def test_compiled_once_for_all_sizes():
     compiler = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(create_network(), fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(create_network(**SHORT), fullgraph=True, dynamic=True, backend=compiler)
     with torch.no_grad():
-        for i in range(8):
+        for i in range(5):
             compiled(images(2, 3, 64 + 7 * i, 64 + 5 * i))
-    assert compiler.frame_count <= 3
+    assert compiler.frame_count <= 3, 'compiles again for each size'
 
 
 def dynamic_sizes(**multiples):
@@ -376,14 +376,14 @@ def dynamic_sizes(**multiples):
 
 @pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
 def test_export_of_dynamic_batch_and_size(name):
-    model = create_network(name)
+    model = create_network(name, **SHORT)
     program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic_sizes(),)).module()
     for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
         assert_equal(program(images(*shape)), model(images(*shape)))
 
 
 def test_export_of_dynamic_size_with_deconv():
-    model = create_network(spatial_expansion='deconv')
+    model = create_network(spatial_expansion='deconv', **SHORT)
     height, width = 32 * torch.export.Dim('height', min=2), 32 * torch.export.Dim('width', min=2)
     program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=({2: height, 3: width},)).module()
     assert_equal(program(images(2, 3, 128, 64)), model(images(2, 3, 128, 64)))
@@ -391,7 +391,7 @@ def test_export_of_dynamic_size_with_deconv():
 
 @pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
 def test_onnx_of_dynamic_batch_and_size(exporter, tmp_path):
-    model, path = create_network('hbonet_025_4x_d8', torch.float32), str(tmp_path / 'model.onnx')
+    model, path = create_network('hbonet_025_4x_d8', torch.float32, **SHORT), str(tmp_path / 'model.onnx')
     if exporter == 'dynamo':
         options = dict(dynamo=True, dynamic_shapes=(dynamic_sizes(),), verbose=False)
     else:
@@ -402,13 +402,13 @@ def test_onnx_of_dynamic_batch_and_size(exporter, tmp_path):
     for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
         image = images(*shape, dtype=torch.float32)
         logits = torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
-        # rounding of float32 over 60 layers
-        assert_equal(logits, model(image).detach(), 60 * 10 * torch.finfo(torch.float32).eps)
+        # rounding of float32 over 40 layers
+        assert_equal(logits, model(image).detach(), 40 * 10 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
 def test_onnx_pools_leave_no_room_for_doubt(exporter, tmp_path):
-    """Runtimes differ in what they count at the edge of a pool with ceil_mode: only pixels that there are is one meaning."""
+    """Runtimes differ in what they count at the edge of a pool with ceil_mode, but not in the pixels that there are."""
     model, image, path = AvgPool2dCeil(), images(1, 2, 5, 7, dtype=torch.float32), str(tmp_path / 'model.onnx')
     torch.onnx.export(model, (image,), path, input_names=['image'], dynamo=exporter == 'dynamo', verbose=False)
     exported = onnx.load(path)
@@ -457,12 +457,12 @@ def test_width_that_has_no_halves(kwargs):
 
 
 @pytest.mark.parametrize('image, fact', [
-    (torch.zeros(3, 64, 64), '4D'),
+    (torch.zeros(3, 64, 64), '4D.*3D'),
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'Byte'),
     (torch.zeros(1, 4, 64, 64), '3 channels.* 4 channels'),
 ])
 def test_bad_images(image, fact):
-    with pytest.raises((ValueError, RuntimeError), match=fact):
+    with pytest.raises((AssertionError, ValueError, RuntimeError), match=fact):
         timm.create_model('hbonet_010')(image)
 
 
