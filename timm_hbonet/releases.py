@@ -160,7 +160,7 @@ def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_
             f'Use that, or train this model from scratch.')
 
     convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
-    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage.children())]
     for i, (name, block) in enumerate(blocks, 1):
         names = [k for k, m in block.named_modules() if isinstance(m, ConvNormAct)]
         if names == ['']:
@@ -174,7 +174,8 @@ def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_
     layers.update({f'{k}.{number + 1}': f'{name}.bn' for (k, number), name in convs.items()})
     for key in [k for k in state_dict if k.startswith(prefix)]:
         layer, _, tensor = key[len(prefix):].rpartition('.')
-        state_dict[f'{prefix}{layers.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
+        name = f'{prefix}{layers[layer]}.{tensor}' if layer in layers else key
+        state_dict[name] = state_dict.pop(key)  # moved where it has no other name too: the order stays
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
