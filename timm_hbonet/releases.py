@@ -160,7 +160,8 @@ def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_
             f'Use that, or train this model from scratch.')
 
     convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
-    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage.children())]
+    stages = enumerate(model.blocks)
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in stages for j, block in enumerate(stage.children())]
     for i, (name, block) in enumerate(blocks, 1):
         names = [k for k, m in block.named_modules() if isinstance(m, ConvNormAct)]
         if names == ['']:
