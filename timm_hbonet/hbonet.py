@@ -45,7 +45,8 @@ class RepConvNormAct(ConvNormAct):
     def fuse(self) -> nn.Module:
         """Returns the convolution with the norm folded in, and the activation, or this if the norm is none to fold."""
         norm = self.bn
-        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)) or norm.running_mean is None:
+        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)) or norm.running_mean is None \
+                or type(self.conv) not in (nn.Conv2d, nn.ConvTranspose2d):
             return self
         conv = copy.deepcopy(self.conv)
         # a depthwise transposed convolution has its output channels first too

@@ -16,9 +16,10 @@ from typing import List, Optional, Sequence, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch.jit import Final
 
-from .hbonet import HarmoniousBottleneck, InvertedResidual, RepConvNormAct
+from .hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion
 
 __all__ = ['InferenceStages', 'create_inference_stages']
 
@@ -234,6 +235,20 @@ class InferenceStages(nn.Sequential):
         return self[-1].join(parts)
 
 
+def _is_known(block: nn.Module) -> bool:
+    """Whether a block is as HBONet makes it, with norms that can be folded."""
+    layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
+    if type(block) is HarmoniousBottleneck:
+        own = [*block.contract, *(m for name, m in block.named_children() if name.startswith('conv_'))]
+        known = all(isinstance(m, RepConvNormAct) for m in own)
+    else:
+        known = type(block) in (InvertedResidual, RepConvNormAct)
+    within = {block, *(m for layer in layers for m in layer.modules())}
+    types = (nn.Sequential, nn.Identity, AvgPool2dCeil, DropPath, SpatialExpansion)
+    known = known and all(m in within or type(m) in types for m in block.modules())
+    return known and not any(layer.fuse() is layer for layer in layers)
+
+
 def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
     """Create the graph of a network's stages.
 
@@ -244,11 +259,10 @@ def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[In
     Returns:
         The graph, or None where a block is none of HBONet's, or a norm is not one that can be folded.
     """
-    blocks = [block for stage in stages for block in stage]
-    known = all(isinstance(block, (HarmoniousBottleneck, InvertedResidual, RepConvNormAct)) for block in blocks)
-    if not known or any(m.fuse() is m for m in stages.modules() if isinstance(m, RepConvNormAct)):
+    if not all(type(stage) is nn.Sequential and len(stage) and all(map(_is_known, stage)) for stage in stages):
         return None
 
+    blocks = [block for stage in stages for block in stage]
     first_layer = next(m for m in blocks[0].modules() if isinstance(m, RepConvNormAct))
     layouts = [list(range(first_layer.in_channels))]
     inference_stages = []
