@@ -53,8 +53,8 @@ def test_architectures(name):
     for multiple, size in ((1, (33, 47)), (8, (64, 64)), (16, (97, 111))):
         model.blocks.channel_multiple = multiple
         graph = check_graph(model, size)
-        widths = [m.out_channels for m in graph.blocks[2:6].modules() if isinstance(m, nn.Conv2d)]
-        assert all(width % multiple == 0 for width in widths)
+        convs = [m for block in graph.blocks[4].blocks[1:] for m in block.modules() if isinstance(m, nn.Conv2d)]
+        assert convs and all(m.out_channels % multiple == 0 for m in convs)
 
 
 @pytest.mark.parametrize('kwargs', [

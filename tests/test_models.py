@@ -222,14 +222,13 @@ def test_device_and_dtype(device, dtype):
 def test_low_precision(dtype):
     model, image = create_network(), images(4, 3, 64, 64)
     expected = model(image)
-    centre = expected.mean(0)  # what images have in common says little
     found = copy.deepcopy(model).to(dtype)(image.to(dtype))
     with torch.autocast('cpu', dtype=dtype):
         autocast = copy.deepcopy(model).float()(image.float())
     for logits in (found, autocast):
         assert logits.dtype == dtype
-        # 8 bits of precision in bfloat16, over 60 layers
-        assert F.cosine_similarity(logits.double() - centre, expected - centre).min() > 0.9
+        # each of 40 layers adds its rounding
+        assert (logits.double() - expected).norm() <= 40 * torch.finfo(dtype).eps * expected.norm()
 
 
 def test_channels_last():
@@ -316,7 +315,7 @@ def test_pooling_averages_the_pixels_that_there_are():
     dims = {2: torch.export.Dim('height', min=3), 3: torch.export.Dim('width', min=3)}
     program = torch.export.export(AvgPool2dCeil(), (torch.zeros(1, 1, 4, 4),), dynamic_shapes=(dims,)).module()
     assert program(x).tolist() == expected
-    assert torch.equal(program(x.tile(2, 1, 3, 2)), AvgPool2dCeil()(x.tile(2, 1, 3, 2)))
+    assert torch.equal(program(x.tile(1, 1, 3, 2)), AvgPool2dCeil()(x.tile(1, 1, 3, 2)))
 
 
 @pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
@@ -343,28 +342,27 @@ def test_backward_hooks_on_every_module(name):
 SHORT = dict(depths=(1,) * 9, num_classes=5)
 
 
-@pytest.mark.parametrize('name, spatial_expansion', [('hbonet_025_8x_d8', 'nearest'), ('hbonet_010', 'deconv')])
-def test_compile_has_no_graph_break(name, spatial_expansion):
-    model, image = create_network(name, spatial_expansion=spatial_expansion, **SHORT), images(2, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    with torch.no_grad():
-        assert_equal(compiled(image), model(image))
-    gradients = []
-    for forward in (model, compiled):
+@pytest.mark.parametrize('spatial_expansion', ['nearest', 'deconv'])
+def test_compile_has_no_graph_break(spatial_expansion):
+    model = create_network(rates=(8, 4, 2, 2, 2), spatial_expansion=spatial_expansion, **SHORT)
+    image, gradients = images(2, 3, 64, 64), []
+    model.train(spatial_expansion == 'nearest')
+    for forward in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):
         model.zero_grad()
-        model.train()
-        forward(image).square().mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
+        logits = forward(image)
+        logits.square().mean().backward()
+        gradients.append([logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_compiled_once_for_all_sizes():
     compiler = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(create_network(**SHORT), fullgraph=True, dynamic=True, backend=compiler)
+    blocks = nn.Sequential(HarmoniousBottleneck(4, 4, rate=4), HarmoniousBottleneck(4, 8, stride=2)).eval()
+    compiled = torch.compile(blocks, fullgraph=True, dynamic=True, backend=compiler)
     with torch.no_grad():
-        for i in range(5):
-            compiled(images(2, 3, 64 + 7 * i, 64 + 5 * i))
+        for i in range(8):
+            compiled(images(2, 4, 32 + 7 * i, 32 + 5 * i, dtype=torch.float32))
     assert compiler.frame_count <= 3, 'compiles again for each size'
 
 
