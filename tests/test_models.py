@@ -1,23 +1,26 @@
 """What timm's own models do, and what timm's test suite does not ask of every model."""
 import copy
 import functools
+import pickle
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+from networks import assert_equal, create_network, estimate_statistics, images, released
+from onnx.reference import ReferenceEvaluator
 from reference import ARCHITECTURES, release_state_dict
 from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
-from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
 
 from timm_hbonet import HBONet
-from timm_hbonet.hbonet import HarmoniousBottleneck, RepSequential
+from timm_hbonet.hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual
 
 REDUCTIONS = [2, 4, 8, 16, 32]
 # of stages 2, 3, 4, 7 and 9
@@ -27,32 +30,22 @@ CHANNELS = {
     'hbonet_025_8x_d8': [16, 24, 24, 40, 104],
     'hbonet_010': [4, 8, 12, 16, 40],
 }
-SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (7, 7), (16, 31), (32, 32), (33, 32), (33, 63), (64, 1), (65, 97), (100, 40)]
 RATES = ['hbonet_010', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8']
-
-
-@functools.lru_cache(maxsize=None)
-def _released(name, dtype):
-    model = timm.create_model(name, dtype=dtype).eval()
-    model.load_state_dict(release_state_dict(name, dtype))
-    return model
-
-
-def released(name, dtype=torch.float32):
-    """A copy of an architecture with recreated weights, whose outputs differ from image to image."""
-    return copy.deepcopy(_released(name, dtype))
+EXPANSIONS = ['nearest', 'bilinear', 'deconv']
 
 
 @pytest.mark.parametrize('name', CHANNELS)
+def test_feature_info(name):
+    info = timm.create_model(name, features_only=True, device='meta').feature_info
+    assert info.reduction() == REDUCTIONS and info.channels() == CHANNELS[name]
+
+
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
-def test_features(name, feature_cls):
-    weights = release_state_dict(name, torch.float32)
+def test_features(feature_cls):
+    name, image = 'hbonet_025_8x_d8', images(2, 3, 64, 96)
     model = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), features_only=True,
-        feature_cls=feature_cls).eval()
-    assert model.feature_info.reduction() == REDUCTIONS
-    assert model.feature_info.channels() == CHANNELS[name]
-    image = torch.randn(2, 3, 64, 96)
+        name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=release_state_dict(name)), features_only=True,
+        feature_cls=feature_cls, dtype=torch.float64).eval()
     with torch.no_grad():
         features = model(image)
         features = list(features.values()) if isinstance(features, dict) else features
@@ -66,28 +59,35 @@ def test_features(name, feature_cls):
 def test_features_at_indices():
     model = timm.create_model('hbonet_010', features_only=True, out_indices=(1, -1))
     assert model.feature_info.reduction() == [4, 32]
-    assert [f.shape[-1] for f in model(torch.randn(2, 3, 64, 64))] == [16, 2]
+    assert [f.shape[-1] for f in model(images(2, 3, 64, 64, dtype=torch.float32))] == [16, 2]
 
 
 def test_head():
-    model = released('hbonet_010')
-    image = torch.randn(2, 3, 64, 64)
+    model, image = released('hbonet_010'), images(2, 3, 64, 64)
     features = model.forward_features(image)
     assert features.shape == (2, 1600, 2, 2) and model.num_features == model.head_hidden_size == 1600
     embedding = model.forward_head(features, pre_logits=True)
-    torch.testing.assert_close(embedding, features.mean((2, 3)))
-    torch.testing.assert_close(model(image), model.classifier(embedding))
+    assert_equal(embedding, features.mean((2, 3)))
+    assert_equal(model(image), F.linear(embedding, model.classifier.weight, model.classifier.bias))
+    assert model.get_classifier() is model.classifier
     model.reset_classifier(7, 'catavgmax')
     assert model(image).shape == (2, 7) and model.head_hidden_size == 3200
     model.reset_classifier(0)
-    assert model(image).shape == (2, 3200)
+    assert_equal(model(image), torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))
     model.reset_classifier(0, '')
     assert torch.equal(model(image), features)
 
 
+@pytest.mark.parametrize('global_pool, pool', [
+    ('max', lambda x: x.amax((2, 3))), ('avgmax', lambda x: (x.mean((2, 3)) + x.amax((2, 3))) / 2), ('', lambda x: x)])
+def test_global_pool_and_input_channels(global_pool, pool):
+    model = create_network(num_classes=0, global_pool=global_pool, in_chans=1)
+    image = images(2, 1, 64, 64)
+    assert_equal(model(image), pool(model.forward_features(image)))
+
+
 def test_intermediates_stop_early_and_prune():
-    model = released('hbonet_010')
-    image = torch.randn(2, 3, 64, 64)
+    model, image = released('hbonet_010'), images(2, 3, 64, 64)
     final, taps = model.forward_intermediates(image)
     assert torch.equal(final, model.forward_features(image))
     for i, tap in enumerate(taps):
@@ -101,36 +101,32 @@ def test_intermediates_stop_early_and_prune():
     assert torch.equal(kept(image), model(image))
     scripted = torch.jit.script(FeatureGetterNet(copy.deepcopy(model), out_indices=[0, 2]))
     for feature, tap in zip(scripted(image), [taps[0], taps[2]], strict=True):
-        torch.testing.assert_close(feature, tap)
+        assert_equal(feature, tap)
 
 
 @pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
 def test_output_stride_16(name):
-    model = timm.create_model(name, features_only=True, output_stride=16)
-    assert model.feature_info.reduction() == [2, 4, 8, 16, 16]
-    assert [f.shape[-1] for f in model(torch.randn(2, 3, 96, 96))] == [48, 24, 12, 6, 6]
+    dense, strided, image = create_network(name, output_stride=16), create_network(name), images(1, 3, 96, 96)
+    dense.load_state_dict(strided.state_dict())
+    assert [f['reduction'] for f in dense.feature_info] == [2, 4, 8, 16, 16]
+    assert [f.shape[-1] for f in dense.forward_intermediates(image, intermediates_only=True)] == [48, 24, 12, 6, 6]
     # the first block whose stride is gone is followed by dilated ones that see as far as before
-    dense, strided = timm.create_model(name, output_stride=16), timm.create_model(name)
     dilations = [m.dilation[0] for m in dense.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert dilations[-3:] == [1, 2, 2] and set(dilations[:-3]) == {1}
     # and agrees with the strided network at every other position
-    for m in (dense, strided):
-        m.load_state_dict(release_state_dict(name, torch.float32))
-        m.eval()
-    image = torch.randn(1, 3, 96, 96)
-    torch.testing.assert_close(dense.forward_features(image)[..., ::2, ::2], strided.forward_features(image))
+    assert_equal(dense.forward_features(image)[..., ::2, ::2], strided.forward_features(image))
 
 
 def test_grad_checkpointing_gives_the_same_gradients():
     gradients, calls = [], []
     for enable in (False, True):
-        model = released('hbonet_010', torch.float64).train()
+        model = released('hbonet_010').train()
         model.set_grad_checkpointing(enable)
         model.blocks[3][0].register_forward_pre_hook(lambda *args, enable=enable: calls.append(enable))
-        torch.manual_seed(0)
-        model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).square().mean().backward()
+        model(images(2, 3, 64, 64)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert calls == [False, True, True]  # again in the backward pass
+        assert torch.equal(model.eval()(images(1, 3, 64, 64)), model.eval()(images(1, 3, 64, 64)))
+    assert calls == [False] * 3 + [True] * 4  # again in the backward pass
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -146,10 +142,11 @@ def test_layer_decay_has_one_group_a_block():
 
 def test_dropout():
     model = released('hbonet_010')
-    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    features = model.forward_features(images(2, 3, 64, 64))
     embedding = model.forward_head(features, pre_logits=True)
-    model.drop_rate = timm.create_model('hbonet_010', drop_rate=0.3).drop_rate
+    model.drop_rate = timm.create_model('hbonet_010', drop_rate=0.3, device='meta').drop_rate
     assert torch.equal(model.forward_head(features, pre_logits=True), embedding)
+    torch.manual_seed(0)
     dropped = model.train().forward_head(features, pre_logits=True)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], embedding[kept] / 0.7)
@@ -157,41 +154,62 @@ def test_dropout():
 
 
 def test_stochastic_depth():
-    model = timm.create_model('hbonet_100', drop_path_rate=0.18)
+    model = timm.create_model('hbonet_100', drop_path_rate=0.18, device='meta')
     rates = {n: m.drop_prob for n, m in model.named_modules() if isinstance(m, DropPath)}
     # of 19 blocks, from 0 to 0.18: the bottlenecks of stride 1 but for the first block, and one inverted residual
     blocks = ['1.0', '2.1', '2.2', '3.1', '3.2', '3.3', '4.1', '4.2', '4.3', '5.0', '7.1']
     index = [1, 3, 4, 6, 7, 8, 10, 11, 12, 13, 16]
     assert list(rates) == [f'blocks.{b}.drop_path' for b in blocks]
     assert list(rates.values()) == pytest.approx([0.18 * i / 17 for i in index])
-    block = HarmoniousBottleneck(8, 8, drop_path=1 - 1e-9).train()
-    x = torch.randn(4, 8, 16, 16)
-    torch.testing.assert_close(block(x)[:, 4:], block.upconv(x[:, :4]), rtol=1e-4, atol=1e-4)
+    # with its path dropped, a block is its shortcut
+    x = images(4, 8, 16, 16)
+    block = HarmoniousBottleneck(8, 8, drop_path=1 - 1e-9, dtype=torch.float64).train()
+    assert_equal(block(x), torch.cat([x[:, 4:], block.conv_dw_end(x[:, :4])], 1))
+    block = InvertedResidual(8, 8, exp_ratio=6, drop_path=1 - 1e-9, dtype=torch.float64).train()
+    assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(norm_layer='batchnorm2d'), dict(norm_layer=nn.BatchNorm2d)])
 def test_bn_arguments_of_the_scripts(kwargs):
-    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=2e-5, **kwargs).eval()
+    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=0.1, dtype=torch.float64, **kwargs).eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 76 and {(m.momentum, m.eps) for m in norms} == {(0.03, 2e-5)}
-    default = released('hbonet_010')
+    assert len(norms) == 76 and {(m.momentum, m.eps) for m in norms} == {(0.03, 0.1)}
+    default, image = released('hbonet_010'), images(1, 3, 64, 64)
     model.load_state_dict(default.state_dict())
+    assert (model(image) - default(image)).abs().max() > 0.01
     for m in default.modules():
         if isinstance(m, nn.BatchNorm2d):
             assert (m.momentum, m.eps) == (0.1, 1e-5)
-            m.eps = 2e-5
-    image = torch.randn(1, 3, 64, 64)
+            m.eps = 0.1
     assert torch.equal(model(image), default(image))
 
 
-def test_norm_and_act_layers():
-    model = timm.create_model('hbonet_010', norm_layer='groupnorm1', act_layer='silu')
-    assert not any(isinstance(m, (nn.BatchNorm2d, nn.ReLU6)) for m in model.modules())
-    assert sum(isinstance(m, nn.SiLU) for m in model.modules()) == 35
-    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+@pytest.mark.parametrize('act_layer, act, count', [
+    ('relu6', nn.ReLU6, 35), ('silu', nn.SiLU, 35), ('prelu', nn.PReLU, 35), ('hard_swish', nn.Hardswish, 35),
+    ('', nn.ReLU6, 0)])
+@pytest.mark.parametrize('norm_layer', ['groupnorm1', BatchNormAct2d])
+def test_norm_and_act_layers(norm_layer, act_layer, act, count):
+    model = timm.create_model('hbonet_010', norm_layer=norm_layer, act_layer=act_layer)
+    assert isinstance(model.conv_stem.bn, nn.GroupNorm if norm_layer == 'groupnorm1' else BatchNormAct2d)
+    assert sum(isinstance(m, act) for m in model.modules()) == count
+    if act_layer != 'relu6':
+        assert not any(isinstance(m, nn.ReLU6) for m in model.modules())
+    logits = model(images(2, 3, 32, 32, dtype=torch.float32))
+    logits.sum().backward()
+    assert logits.shape == (2, 1000) and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('device, dtype', [('meta', torch.float32), ('cpu', torch.float64), ('cpu', torch.bfloat16)])
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_release_in_other_batch_norms(convert):
+    model = convert(timm.create_model('hbonet_010', dtype=torch.float64)).eval()
+    assert not any(type(m) is BatchNormAct2d for m in model.modules())
+    model.load_state_dict(release_state_dict('hbonet_010'), strict=convert is convert_sync_batchnorm)
+    image = images(1, 3, 64, 64)
+    assert_equal(model(image), released('hbonet_010')(image))
+
+
+@pytest.mark.parametrize('device, dtype', [
+    ('meta', torch.float32), ('cpu', torch.float64), ('cpu', torch.bfloat16), ('cpu', torch.float16)])
 def test_device_and_dtype(device, dtype):
     model = timm.create_model('hbonet_025_4x_d8', device=device, dtype=dtype, spatial_expansion='deconv')
     tensors = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
@@ -200,265 +218,249 @@ def test_device_and_dtype(device, dtype):
     assert model.eval()(torch.zeros(1, 3, 64, 64, device=device, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model, image = create_network(), images(4, 3, 64, 64)
+    expected = model(image)
+    found = copy.deepcopy(model).to(dtype)(image.to(dtype))
+    with torch.autocast('cpu', dtype=dtype):
+        autocast = copy.deepcopy(model).float()(image.float())
+    for logits in (found, autocast):
+        assert logits.dtype == dtype
+        # each of 40 layers adds its rounding
+        assert (logits.double() - expected).norm() <= 40 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_channels_last():
+    model, image = create_network(), images(2, 3, 64, 64)
+    expected = model(image)
+    model.to(memory_format=torch.channels_last)
+    image = image.to(memory_format=torch.channels_last)
+    assert_equal(model(image), expected)
+    assert model.forward_features(image).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_initialisation_is_the_releases():
     torch.manual_seed(0)
     model = timm.create_model('hbonet_100')
-    assert model.blocks[8][0].conv[3].weight.std().item() == pytest.approx((2 / (9 * 1200)) ** 0.5, rel=0.05)
-    assert model.conv_head[0].weight.std().item() == pytest.approx((2 / 1600) ** 0.5, rel=0.02)
+    assert model.blocks[8][0].conv_dw.conv.weight.std().item() == pytest.approx((2 / (9 * 1200)) ** 0.5, rel=0.05)
+    assert model.conv_head.conv.weight.std().item() == pytest.approx((2 / 1600) ** 0.5, rel=0.02)
     assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert model.classifier.bias.abs().max() == 0
 
 
-@pytest.mark.parametrize('name', RATES)
-@pytest.mark.parametrize('spatial_expansion', ['nearest', 'bilinear', 'deconv'])
+@pytest.mark.parametrize('name, spatial_expansion', [
+    ('hbonet_025_8x_d8', 'nearest'), ('hbonet_025_4x_d8', 'bilinear'), ('hbonet_010', 'deconv')])
 def test_any_size(name, spatial_expansion):
     model = timm.create_model(name, spatial_expansion=spatial_expansion, num_classes=5)
-    features = timm.create_model(name, spatial_expansion=spatial_expansion, features_only=True).eval()
-    for height, width in SIZES:
-        image = torch.randn(2, 3, height, width)
-        assert model.eval()(image).isfinite().all()
+    for height, width in [(1, 1), (1, 2), (3, 5), (16, 31), (33, 32), (64, 1), (65, 97)]:
+        image = images(2, 3, height, width, dtype=torch.float32)
         logits = model.train()(image)
         assert logits.shape == (2, 5) and logits.isfinite().all()
         logits.sum().backward()
-        assert [f.shape[-2:] for f in features(image)] == [(-(-height // r), -(-width // r)) for r in REDUCTIONS]
+        features = model.eval().forward_intermediates(image, intermediates_only=True)
+        assert [f.shape[-2:] for f in features] == [(-(-height // r), -(-width // r)) for r in REDUCTIONS]
+        assert all(f.isfinite().all() for f in features)
 
 
 @pytest.mark.parametrize('rate', [2, 4, 8])
 @pytest.mark.parametrize('stride', [1, 2])
 def test_multiples_of_32_are_as_released_to_the_bit(rate, stride):
-    block = HarmoniousBottleneck(24, 36, stride=stride, rate=rate).eval()
-    x = torch.randn(2, 24, 32, 64)
+    block = estimate_statistics(HarmoniousBottleneck(24, 36, stride=stride, rate=rate))
+    x = images(2, 24, 32, 64, dtype=torch.float32)
     with torch.no_grad():
-        y = block.conv(x)
+        y = block.conv_pwl(block.conv_dw(block.contract(x)))
         rest = x[:, -18:]
         if stride == 2:
             rest = F.avg_pool2d(rest, 2)
         if rate > stride:
             shortcut = F.avg_pool2d(x[:, :18], 2) if stride == 2 else x[:, :18]
-            y = block.upconv(shortcut + F.interpolate(y, scale_factor=rate // stride))
-        assert torch.equal(block(x), torch.cat([rest, y], 1))
+            y = block.conv_dw_end(shortcut + F.interpolate(y, scale_factor=rate // stride))
+        expected = torch.cat([rest, y], 1)
+        assert torch.equal(block(x), expected)
+        # one forward for all
+        assert torch.equal(torch.jit.script(block)(x), expected)
+        assert torch.equal(torch.fx.symbolic_trace(block)(x), expected)
+        for m in block.modules():
+            m.training = not isinstance(m, BatchNormAct2d)
+        assert torch.equal(block(x), expected)
+
+
+def test_only_rate_2_activates_before_the_channels_are_contracted():
+    for rate in (2, 4, 8):
+        block = HarmoniousBottleneck(8, 8, rate=rate)
+        assert isinstance(block.conv_dw.bn.act, nn.ReLU6) == (rate == 2)
+        assert not isinstance(block.conv_pwl.bn.act, nn.ReLU6)
 
 
 def test_spatial_expansion():
-    x, y = torch.randn(2, 24, 30, 32), torch.randn(2, 18, 8, 8)
+    x, y = images(2, 24, 30, 32), images(2, 18, 8, 8)
     for mode in ('nearest', 'bilinear'):
         expand = HarmoniousBottleneck(24, 36, rate=4, spatial_expansion=mode).expand
         assert torch.equal(expand(y, x.shape[-2:]), F.interpolate(y, (30, 32), mode=mode))
     for rate, stride in ((2, 1), (4, 1), (8, 2)):
-        expand = HarmoniousBottleneck(24, 36, rate=rate, stride=stride, spatial_expansion='deconv').eval().expand
-        assert isinstance(expand.conv[0], nn.ConvTranspose2d)
-        assert expand.conv[0].stride == (rate // stride,) * 2 and expand.conv[0].groups == 18
+        block = HarmoniousBottleneck(
+            24, 36, rate=rate, stride=stride, spatial_expansion='deconv', dtype=torch.float64).eval()
+        conv = block.expand.conv.conv
+        assert isinstance(conv, nn.ConvTranspose2d) and conv.stride == (rate // stride,) * 2 and conv.groups == 18
         size = (8 * rate // stride - 1, 8 * rate // stride)
-        assert torch.equal(expand(y, size), expand.conv(y)[:, :, :-1])
+        assert torch.equal(block.expand(y, size), block.expand.conv(y)[:, :, :-1])
 
 
 def test_pooling_averages_the_pixels_that_there_are():
-    pool = HarmoniousBottleneck(4, 4, stride=2).pool
     x = torch.tensor([[[[1., 3., 5.], [5., 7., 9.], [2., 4., 8.]]]])
-    assert pool(x).tolist() == [[[[4., 7.], [3., 8.]]]]
+    expected = [[[[4., 7.], [3., 8.]]]]
+    for pool in (AvgPool2dCeil(), torch.jit.script(AvgPool2dCeil()), torch.fx.symbolic_trace(AvgPool2dCeil())):
+        assert pool(x).tolist() == expected
+    dims = {2: torch.export.Dim('height', min=3), 3: torch.export.Dim('width', min=3)}
+    program = torch.export.export(AvgPool2dCeil(), (torch.zeros(1, 1, 4, 4),), dynamic_shapes=(dims,)).module()
+    assert program(x).tolist() == expected
+    assert torch.equal(program(x.tile(1, 1, 3, 2)), AvgPool2dCeil()(x.tile(1, 1, 3, 2)))
 
 
-def test_channels_last_and_autocast():
-    model = released('hbonet_010')
-    image = torch.randn(2, 3, 64, 64)
-    expected = model(image)
-    model.to(memory_format=torch.channels_last)
-    image_channels_last = image.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(image_channels_last), expected, rtol=1e-4, atol=1e-4)
-    assert model.forward_features(image_channels_last).is_contiguous(memory_format=torch.channels_last)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        logits = model(image)
-    assert logits.dtype == torch.bfloat16
-    # bf16 has 8 bits of precision, and random weights amplify its rounding
-    assert F.cosine_similarity(logits.float(), expected).min() > 0.9
+@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
+def test_backward_hooks_on_every_module(name):
+    gradients, calls = [], set()
+    for hooked in (False, True):
+        model = released(name).train()
+        for key, m in model.named_modules():
+            if hasattr(m, 'inplace'):
+                m.inplace = False
+            if hooked:
+                m.register_full_backward_hook(lambda *args, key=key: calls.add(key))
+        image = images(2, 3, 64, 64).requires_grad_()
+        model(image).square().mean().backward()
+        gradients.append([image.grad, *(p.grad for p in model.parameters())])
+        assert image._backward_hooks is None
+        layers = (nn.Conv2d, nn.Linear, BatchNormAct2d, HarmoniousBottleneck, InvertedResidual)
+        assert not hooked or calls >= {key for key, m in model.named_modules() if isinstance(m, layers)}
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('name', RATES)
-def test_compile_has_no_graph_break(name):
-    model = released(name)
-    image = torch.randn(2, 3, 64, 96)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(image), model(image))
+# one block a stage has all that there is to compile, in a third of the time
+SHORT = dict(depths=(1,) * 9, num_classes=5)
 
 
-def test_compiled_training_has_no_graph_break():
-    image, gradients = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
-    for compile_model in (lambda model: model, functools.partial(torch.compile, fullgraph=True, backend='aot_eager')):
-        model = released('hbonet_010', torch.float64).train()
-        compile_model(model)(image).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
+@pytest.mark.parametrize('spatial_expansion', ['nearest', 'deconv'])
+def test_compile_has_no_graph_break(spatial_expansion):
+    model = create_network(rates=(8, 4, 2, 2, 2), spatial_expansion=spatial_expansion, **SHORT)
+    image, gradients = images(2, 3, 64, 64), []
+    model.train(spatial_expansion == 'nearest')
+    for forward in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):
+        model.zero_grad()
+        logits = forward(image)
+        logits.square().mean().backward()
+        gradients.append([logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_gradients_that_reach_batch_norm_are_dense(memory_format):
-    model = timm.create_model('hbonet_025_4x_d8').to(memory_format=memory_format)
-    dense = []
-    for module in model.modules():
-        # others are followed by an activation: its gradient is dense, and a hook cannot be before what is done in place
-        if isinstance(module, RepSequential) and isinstance(module[-1], nn.BatchNorm2d):
-            module[-1].register_full_backward_pre_hook(
-                lambda _, gradient: dense.append(gradient[0].is_contiguous(memory_format=memory_format)))
-    model(torch.randn(2, 3, 96, 64).to(memory_format=memory_format)).sum().backward()
-    assert len(dense) == 30 and all(dense)
+def test_compiled_once_for_all_sizes():
+    compiler = torch._dynamo.testing.CompileCounter()
+    blocks = nn.Sequential(HarmoniousBottleneck(4, 4, rate=4), HarmoniousBottleneck(4, 8, stride=2)).eval()
+    compiled = torch.compile(blocks, fullgraph=True, dynamic=True, backend=compiler)
+    with torch.no_grad():
+        for i in range(8):
+            compiled(images(2, 4, 32 + 7 * i, 32 + 5 * i, dtype=torch.float32))
+    assert compiler.frame_count <= 3, 'compiles again for each size'
 
 
-@pytest.mark.parametrize('name', RATES)
+def dynamic_sizes(**multiples):
+    names = ('batch', 'height', 'width')
+    dims = [multiples.get(name, 1) * torch.export.Dim(name, min=1 if name == 'batch' else 33) for name in names]
+    return dict(zip((0, 2, 3), dims, strict=True))
+
+
+@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
 def test_export_of_dynamic_batch_and_size(name):
-    model = released(name)
-    batch, height, width = (torch.export.Dim(n, min=m) for n, m in (('batch', 1), ('height', 33), ('width', 33)))
-    program = torch.export.export(
-        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch, 2: height, 3: width},)).module()
-    for shape in [(1, 3, 33, 33), (3, 3, 47, 100), (2, 3, 64, 64)]:
-        image = torch.randn(shape)
-        torch.testing.assert_close(program(image), model(image), rtol=1e-4, atol=1e-4)
+    model = create_network(name, **SHORT)
+    program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic_sizes(),)).module()
+    for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
+        assert_equal(program(images(*shape)), model(images(*shape)))
 
 
 def test_export_of_dynamic_size_with_deconv():
-    model = timm.create_model('hbonet_010', spatial_expansion='deconv').eval()
+    model = create_network(spatial_expansion='deconv', **SHORT)
     height, width = 32 * torch.export.Dim('height', min=2), 32 * torch.export.Dim('width', min=2)
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({2: height, 3: width},)).module()
-    image = torch.randn(2, 3, 128, 64)
-    torch.testing.assert_close(program(image), model(image))
+    program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=({2: height, 3: width},)).module()
+    assert_equal(program(images(2, 3, 128, 64)), model(images(2, 3, 128, 64)))
 
 
-@pytest.mark.parametrize(
-    'name, exporter', [*((name, 'torchscript') for name in RATES), ('hbonet_025_8x_d8', 'dynamo')])
-def test_onnx_of_dynamic_batch_and_size(name, exporter, tmp_path):
-    model, path = released(name), str(tmp_path / 'model.onnx')
+@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
+def test_onnx_of_dynamic_batch_and_size(exporter, tmp_path):
+    model, path = create_network('hbonet_025_4x_d8', torch.float32, **SHORT), str(tmp_path / 'model.onnx')
     if exporter == 'dynamo':
-        sizes = {i: torch.export.Dim(n, min=m) for i, n, m in ((0, 'batch', 1), (2, 'height', 33), (3, 'width', 33))}
-        options = dict(dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+        options = dict(dynamo=True, dynamic_shapes=(dynamic_sizes(),), verbose=False)
     else:
         options = dict(dynamo=False, dynamic_axes={'image': {0: 'batch', 2: 'height', 3: 'width'}}, opset_version=17)
-    torch.onnx.export(model, (torch.randn(2, 3, 64, 96),), path, input_names=['image'], **options)
+    torch.onnx.export(model, (images(2, 3, 64, 96, dtype=torch.float32),), path, input_names=['image'], **options)
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path)
-    for shape in [(1, 3, 33, 33), (3, 3, 47, 100), (2, 3, 64, 64)]:
-        image = torch.randn(shape)
+    for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
+        image = images(*shape, dtype=torch.float32)
         logits = torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
-        torch.testing.assert_close(logits, model(image).detach(), rtol=1e-3, atol=1e-3)
+        # rounding of float32 over 40 layers
+        assert_equal(logits, model(image).detach(), 40 * 10 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize('name', ARCHITECTURES)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
-def test_reparameterised_model_is_the_same(name, dtype, tolerance):
-    model = released(name, dtype)
-    fused = reparameterize_model(model)
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
-    for size in [(64, 64), (33, 47)]:
-        image = torch.randn(2, 3, *size, dtype=dtype)
-        for module, fused_module in zip(
-                [model.conv_stem, *model.blocks, model.conv_head], [fused.conv_stem, *fused.blocks, fused.conv_head],
-                strict=True):
-            # each from the same input: random weights amplify the rounding of float32
-            expected = module(image)
-            assert (fused_module(image) - expected).abs().max() <= tolerance * expected.abs().max()
-            image = expected
+@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
+def test_onnx_pools_leave_no_room_for_doubt(exporter, tmp_path):
+    """Runtimes differ in what they count at the edge of a pool with ceil_mode, but not in the pixels that there are."""
+    model, image, path = AvgPool2dCeil(), images(1, 2, 5, 7, dtype=torch.float32), str(tmp_path / 'model.onnx')
+    torch.onnx.export(model, (image,), path, input_names=['image'], dynamo=exporter == 'dynamo', verbose=False)
+    exported = onnx.load(path)
+    pools = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in exported.graph.node
+             if n.op_type == 'AveragePool']
+    assert pools and all(p.get('count_include_pad', 0) == 0 for p in pools)
+    for run in (ReferenceEvaluator(exported).run, onnxruntime.InferenceSession(path).run):
+        np.testing.assert_allclose(run(None, {'image': image.numpy()})[0], model(image).numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize('spatial_expansion', ['nearest', 'deconv'])
-def test_reparameterised_features_and_state_dict(spatial_expansion):
-    create_model = functools.partial(timm.create_model, 'hbonet_025_8x_d8', spatial_expansion=spatial_expansion)
-    image = torch.randn(2, 3, 65, 97)
-    model = create_model(features_only=True)
-    for _ in range(3):
-        model(image)  # statistics other than 0 and 1
-    fused = reparameterize_model(model.eval())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
-    for feature, expected in zip(fused(image), model(image), strict=True):
-        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    other = reparameterize_model(create_model(features_only=True), inplace=True).eval()
-    other.load_state_dict(fused.state_dict())
-    assert all(map(torch.equal, other(image), fused(image)))
-
-
-def test_reparameterised_stage_in_parts():
-    model = released('hbonet_050', torch.float64)
-    fused = reparameterize_model(model)
-    image = torch.randn(1, 3, 65, 64, dtype=torch.float64)
-    torch.testing.assert_close(reparameterize_model(fused)(image), model(image))
-    torch.testing.assert_close(torch.jit.script(fused)(image), model(image))
-    for stage, fused_stage in zip(model.blocks[:6], fused.blocks[:6], strict=True):
-        image = torch.randn(1, next(stage.parameters()).shape[0], 33, 32, dtype=torch.float64)
-        torch.testing.assert_close(fused_stage[:2](image), stage[:2](image))
-        for block, fused_block in zip(stage, fused_stage, strict=True):
-            expected = block(image)
-            torch.testing.assert_close(fused_block(image), expected)
-            image = expected
-
-
-@pytest.mark.parametrize('kwargs', [
-    dict(width=0.77, divisor=1), dict(norm_layer='groupnorm1'), dict(norm_layer=BatchNormAct2d), dict(act_layer='')])
-def test_reparameterised_odd_widths_and_other_layers(kwargs):
-    model = timm.create_model('hbonet_100', **kwargs, dtype=torch.float64)
-    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    model(image).sum().backward()
-    assert sum(isinstance(m, nn.ReLU6) for m in model.modules()) == (0 if 'act_layer' in kwargs else 35)
-    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
-    model.eval()
-    torch.testing.assert_close(reparameterize_model(model)(image), model(image))
-
-
-def test_reparameterised_model_stays_frozen_and_can_be_cut():
-    model = released('hbonet_010').requires_grad_(False)
-    fused = reparameterize_model(model)
-    assert not any(p.requires_grad for p in fused.parameters())
-    del fused.blocks[2][0], model.blocks[2][0]
-    features = torch.randn(1, 8, 16, 16)
-    torch.testing.assert_close(fused.blocks[2](features), model.blocks[2](features))
-    model.blocks[3][1] = nn.Identity()
-    torch.testing.assert_close(reparameterize_model(model).blocks[3](features), model.blocks[3](features))
-
-
-def test_blocks_leave_no_hook_on_their_input():
-    features = torch.randn(1, 4, 16, 16, requires_grad=True) * 1
-    timm.create_model('hbonet_010').blocks[2](features).sum().backward()
-    assert not features._backward_hooks
-
-
-@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d, lambda model: model])
-def test_reparameterised_and_released_with_other_batch_norms(convert):
-    expected = released('hbonet_010', torch.float64)
-    model = convert(timm.create_model('hbonet_010', dtype=torch.float64)).eval()
-    model.load_state_dict(release_state_dict('hbonet_010'))
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(reparameterize_model(model)(image), expected(image))
-
-
-def test_deep_copy_and_pickle():
-    model = released('hbonet_010')
-    image = torch.randn(1, 3, 40, 40)
-    assert torch.equal(copy.deepcopy(model)(image), model(image))
+def test_pickle_and_script():
+    model, image = create_network(), images(1, 3, 40, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(image), model(image))
+    assert_equal(torch.jit.script(model)(image), model(image), 1e-12)
+    assert_equal(torch.fx.symbolic_trace(model)(image), model(image), 1e-12)
     assert isinstance(model, HBONet) and type(model).__module__ == 'timm_hbonet.hbonet'
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(spatial_expansion='cubic'), "`spatial_expansion` must be 'nearest', 'bilinear' or 'deconv', got 'cubic'"),
-    (dict(output_stride=8), '`output_stride` must be 16 or 32, got 8'),
-    (dict(width=0), '`width` must be positive, got 0'),
-    (dict(width=-1.), '`width` must be positive, got -1.0'),
-    (dict(in_chans=0), '`in_chans` must be at least 1, got 0'),
-    (dict(rates=(2, 2)), r'`rates` must be 5 numbers out of 2, 4 and 8, got \(2, 2\)'),
-    (dict(rates=(2, 2, 3, 2, 2)), r'`rates` must be 5 numbers out of 2, 4 and 8, got \(2, 2, 3, 2, 2\)'),
-    (dict(depths=(1,)), r'`depths` must be 9 numbers of at least 1, got \(1,\)'),
-    (dict(depths=(0, 1, 3, 4, 4, 1, 1, 2, 1)), r'`depths` must be 9 numbers of at least 1'),
+@pytest.mark.parametrize('kwargs', [
+    dict(spatial_expansion='cubic'),
+    dict(output_stride=8),
+    dict(width=0),
+    dict(width=-1.),
+    dict(width=float('nan')),
+    dict(in_chans=0),
+    dict(rates=(2, 2)),
+    dict(rates=(2, 2, 3, 2, 2)),
+    dict(depths=(1,)),
+    dict(depths=(0, 1, 3, 4, 4, 1, 1, 2, 1)),
 ])
-def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        timm.create_model('hbonet_100', **kwargs)
+def test_bad_argument_is_named(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(ValueError) as error:
+        timm.create_model('hbonet_100', device='meta', **kwargs)
+    assert f'`{name}`' in str(error.value) and repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize('image, message', [
-    (torch.zeros(3, 64, 64), 'expected 4D input'),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'scalar type Byte|Input type .* should be the same'),
-    (torch.zeros(1, 4, 64, 64), 'to have 3 channels, but got 4 channels'),
+@pytest.mark.parametrize('kwargs', [dict(width=0.01, divisor=1), dict(width=0.05, divisor=64)])
+def test_width_that_has_no_halves(kwargs):
+    try:
+        model = timm.create_model('hbonet_100', device='meta', **kwargs)
+    except ValueError as e:
+        assert '`width`' in str(e)
+    else:
+        assert model(torch.zeros(1, 3, 64, 64, device='meta')).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('image, fact', [
+    (torch.zeros(3, 64, 64), '4D.*3D'),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'Byte'),
+    (torch.zeros(1, 4, 64, 64), '3 channels.* 4 channels'),
 ])
-def test_bad_images(image, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+def test_bad_images(image, fact):
+    with pytest.raises((AssertionError, ValueError, RuntimeError), match=fact):
         timm.create_model('hbonet_010')(image)
 
 
@@ -468,5 +470,16 @@ def test_configuration_is_data(name):
     rates = {2: (2, 2, 2, 2, 2), 4: (4, 4, 4, 2, 2), 8: (8, 8, 4, 2, 2)}[architecture['spatial_rate']]
     model = HBONet(
         width=architecture['width_mult'], divisor=architecture['channel_divisor'], rates=rates, device='meta')
-    assert {k: v.shape for k, v in model.state_dict().items()} == {
-        k: v.shape for k, v in timm.create_model(name, device='meta').state_dict().items()}
+    shapes = [v.shape for v in timm.create_model(name, device='meta').state_dict().values()]
+    assert [v.shape for v in model.state_dict().values()] == shapes
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(width=0.77, divisor=1), dict(width=0.2, depths=(2, 3, 1, 2, 1, 1, 2, 1, 2), rates=(2, 8, 4, 4, 8))])
+def test_own_configuration_learns(kwargs):
+    model = timm.create_model('hbonet_100', num_classes=2, dtype=torch.float64, **kwargs)
+    model(images(2, 3, 64, 64)).sum().backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not unused
+    assert functools.reduce(lambda n, stage: n + len(stage), model.blocks, 0) == len(
+        [m for m in model.modules() if isinstance(m, (HarmoniousBottleneck, InvertedResidual))]) + len(model.blocks[6])

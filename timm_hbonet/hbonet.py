@@ -24,7 +24,7 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     create_classifier,
-    get_norm_act_layer,
+    get_norm_layer,
     make_divisible,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
@@ -45,7 +45,8 @@ class RepConvNormAct(ConvNormAct):
     def fuse(self) -> nn.Module:
         """Returns the convolution with the norm folded in, and the activation, or this if the norm is none to fold."""
         norm = self.bn
-        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)) or norm.running_mean is None:
+        is_batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d))
+        if type(self.conv) not in (nn.Conv2d, nn.ConvTranspose2d) or not is_batch_norm or norm.running_mean is None:
             return self
         conv = copy.deepcopy(self.conv)
         # a depthwise transposed convolution has its output channels first too
@@ -157,10 +158,10 @@ class HarmoniousBottleneck(nn.Module):
         self.pass_chs = out_chs - half_chs
         self.same_chs = in_chs == out_chs
         self.has_skip = rate > stride
-        if self.pass_chs > in_chs:
+        if self.pass_chs > in_chs or out_chs < 2:
             raise ValueError(
-                f'A harmonious bottleneck of {out_chs} channels passes {self.pass_chs} channels of its input through, '
-                f'but its input has {in_chs}. Use a larger `width` or a smaller `divisor`.')
+                f'A harmonious bottleneck of {out_chs} channels, at least 2, passes {self.pass_chs} channels of its '
+                f'input through, but that has {in_chs}. Use a larger `width` or a smaller `divisor`.')
 
         # Spatial contraction, with channel expansion
         self.contract = nn.Sequential()
@@ -382,7 +383,6 @@ class HBONet(nn.Module):
         max_index = self.stage_ends[max_index]
         last_idx = self.stage_ends[-1]
 
-        # forward pass
         x = self.conv_stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
@@ -484,7 +484,7 @@ default_cfgs = generate_default_cfgs({
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_act_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
     model = build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -1,14 +1,9 @@
 """The graph for inference that `timm.utils.reparameterize_model` makes of HBONet's stages.
 
-It computes what the network computes in eval mode, with
-
-- norms folded into the convolutions before them,
-- the two halves of a feature map, channels passed through and channels computed, as two tensors from the first
-  harmonious bottleneck to the last: no slices, and concatenations only where the feature map is contracted,
-- channels padded to a multiple that blocked kernels like. A tensor's layout, fixed when the graph is made, tells which
-  channel is in each place, and weights are laid out to match.
-
-At its ends, channels are in the network's own order and number.
+It computes what they compute in eval mode, with norms folded. The halves of a feature map, channels passed through and
+channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and concatenations only
+where it is contracted. Channels are padded to a multiple that blocked kernels like: a tensor's layout, fixed when the
+graph is made, tells which channel is in each place. At its ends, they are in the network's own order and number.
 """
 import copy
 from typing import List, Optional, Sequence
@@ -16,14 +11,14 @@ from typing import List, Optional, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch.jit import Final
 
-from .hbonet import HarmoniousBottleneck, InvertedResidual, RepConvNormAct
+from .hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion
 
 __all__ = ['InferenceStages', 'create_inference_stages']
 
-# The channel in each place of a tensor, or -1 where the place has no channel or one that nobody reads: all weights that
-# would read it are 0.
+# The channel in each place of a tensor, or -1 where all weights that read the place are 0.
 Layout = List[int]
 
 
@@ -218,23 +213,28 @@ class InferenceStages(nn.Sequential):
         return self[-1].join(parts)
 
 
-def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
-    """Create the graph of a network's stages, which are not changed.
+def _is_known(block: nn.Module) -> bool:
+    """Whether a block is one of HBONet's that nobody has edited, with norms that can be folded."""
+    if type(block) is HarmoniousBottleneck:
+        own = [*block.contract, block.conv_dw, block.conv_pwl, *([block.conv_dw_end] if block.has_skip else [])]
+    else:
+        own = [block.conv_dw, block.conv_pwl] if type(block) is InvertedResidual else [block]
+    layers = [m for m in block.modules() if type(m) is RepConvNormAct and m.fuse() is not m]
+    others = set(block.modules()) - {block, *(m for layer in layers for m in layer.modules())}
+    types = (nn.Sequential, nn.Identity, AvgPool2dCeil, DropPath, SpatialExpansion)
+    return all(m in layers for m in own) and all(type(m) in types for m in others)
 
-    Args:
-        stages: Stages of blocks.
-        multiple: Number that channels are padded to multiples of, at least 1.
+
+def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
+    """Create the graph, with channels padded to multiples of `multiple`, of stages, which are not changed.
 
     Returns:
-        The graph, or None where a block is none of HBONet's, or a norm is not one that can be folded.
+        The graph, or None where a block is not as HBONet makes it, or a norm is none to fold.
     """
-    known = (HarmoniousBottleneck, InvertedResidual, RepConvNormAct)
-    blocks = [block for stage in stages for block in (stage if isinstance(stage, nn.Sequential) else [stage])]
-    layers = [m for m in stages.modules() if isinstance(m, RepConvNormAct)]
-    if not all(type(block) in known for block in blocks) or any(layer.fuse() is layer for layer in layers):
+    if not all(type(stage) is nn.Sequential and len(stage) and all(map(_is_known, stage)) for stage in stages):
         return None
-
-    layouts = [list(range(layers[0].in_channels))]
+    blocks = [block for stage in stages for block in stage]
+    layouts = [list(range(next(m.in_channels for m in stages.modules() if isinstance(m, RepConvNormAct))))]
     inference_stages = []
     for stage in stages:
         in_layouts, inference_blocks = layouts, []

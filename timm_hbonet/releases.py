@@ -137,7 +137,8 @@ def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_
             f"The released weights are for spatial_expansion='nearest', got {model.spatial_expansion!r}. "
             f'Use that, or train this model from scratch.')
     convs = {('features.0', 0): 'conv_stem', ('conv', 0): 'conv_head'}
-    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    stages = enumerate(model.blocks)
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in stages for j, block in enumerate(stage.children())]
     for i, (name, block) in enumerate(blocks, 1):
         layers = [k for k, m in block.named_modules() if isinstance(m, ConvNormAct)]
         if layers == ['']:
@@ -151,4 +152,5 @@ def rename_release(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_
     names.update({f'{k}.{number + 1}': f'{name}.bn' for (k, number), name in convs.items()})
     for key in [k for k in state_dict if k.startswith(prefix)]:
         layer, _, tensor = key[len(prefix):].rpartition('.')
-        state_dict[f'{prefix}{names.get(layer, layer)}.{tensor}'] = state_dict.pop(key)
+        name = f'{prefix}{names[layer]}.{tensor}' if layer in names else key
+        state_dict[name] = state_dict.pop(key)  # moved where the name stays too: so does the order
