@@ -335,7 +335,7 @@ def test_backward_hooks_on_every_module(name):
         layers = (nn.Conv2d, nn.Linear, BatchNormAct2d, HarmoniousBottleneck, InvertedResidual)
         assert not hooked or calls >= {key for key, m in model.named_modules() if isinstance(m, layers)}
     for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)  # hooks change the order of sums
 
 
 # one block a stage has all that there is to compile, in a third of the time
