@@ -167,7 +167,7 @@ def test_training_learns_to_recognize_unseen_persons(trained: Dict[str, Any]) ->
     losses, metrics = read_losses(trained['stdout']), read_metrics(trained['stdout'])
     print('losses', losses, 'metrics', metrics)
     assert len(losses) == 16
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     # by chance, and without training, mAP is about 10 %: 4 of the 80 gallery images of a query match. Seeds 0 to 2 give
     # 21 to 33 %, as rounding changes with the processor
     assert metrics['mAP'] > 14
