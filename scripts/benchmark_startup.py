@@ -98,7 +98,7 @@ def main() -> int:
             parser.error(f'--{name} {getattr(args, name)}: at least 1 is needed')
     for name in ('timm', 'timm_hbonet'):
         if importlib.util.find_spec(name) is None:
-            parser.error(f'{name} is not installed for {sys.executable}: run pip install "timm-hbonet[scripts]"')
+            parser.error(f'{name} is not installed for {sys.executable}: run pip install -e ".[scripts]"')
 
     with tempfile.TemporaryDirectory() as folder:
         pythons = {name: make_environment(Path(folder, name), name == 'with') for name in ('without', 'with')}

@@ -45,10 +45,10 @@ gives too, and the published digests of the files. The accuracy has not been mea
 
 ## Usage
 
-timm knows the model after this:
+timm knows the model after this, in a clone of timm-hbonet (which is on no package index yet):
 
 ```bash
-pip install timm-hbonet
+pip install .
 ```
 
 ### Image classification

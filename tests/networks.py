@@ -3,11 +3,23 @@ import copy
 import functools
 from typing import Any
 
+import pytest
 import timm
 import torch
+from packaging.version import Version
 from reference import release_state_dict
 from timm.layers import BatchNormAct2d
 from torch import nn
+
+
+def needs_torch(version: str, feature: str) -> pytest.MarkDecorator:
+    """Skips a test where PyTorch is older than the oldest that it was seen to pass with."""
+    old = Version(torch.__version__) < Version(version)
+    return pytest.mark.skipif(old, reason=f'{feature}: needs PyTorch {version}, found {torch.__version__}')
+
+
+needs_dynamic_export = needs_torch('2.14', 'torch.export of a dynamic size')
+needs_onnx_exporter = needs_torch('2.14', 'torch.onnx.export(dynamo=True)')
 
 
 @functools.lru_cache(maxsize=None)

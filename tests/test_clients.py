@@ -25,7 +25,7 @@ NAME = 'hbonet_100'
 
 
 def need(module: str) -> None:
-    pytest.importorskip(module, reason=f'{module} is not installed: pip install "timm-hbonet[clients]"')
+    pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[clients]"')
 
 
 @pytest.fixture

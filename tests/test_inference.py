@@ -7,7 +7,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from networks import assert_equal, create_network, estimate_statistics, images
+from networks import (
+    assert_equal,
+    create_network,
+    estimate_statistics,
+    images,
+    needs_dynamic_export,
+    needs_onnx_exporter,
+)
 from reference import ARCHITECTURES, release_state_dict
 from timm.layers import (
     BatchNormAct2d,
@@ -216,12 +223,19 @@ def test_state_dict_and_copies():
 
 
 @pytest.mark.parametrize('kwargs', [dict(spatial_expansion='deconv'), dict(rates=(8, 2, 4, 2, 2))], ids=str)
-def test_script_trace_and_export(kwargs):
+def test_script_and_trace(kwargs):
     model = create_network(**kwargs, **SHORT)
     graph, image = reparameterize_model(model), images(2, 3, 64, 96)
     for program in (torch.jit.script(graph), torch.fx.symbolic_trace(graph), torch.jit.trace(graph, (image,))):
         assert_equal(program(image), model(image))
         assert_equal(program(images(1, 3, 65, 47)), model(images(1, 3, 65, 47)))
+
+
+@needs_dynamic_export
+@pytest.mark.parametrize('kwargs', [dict(spatial_expansion='deconv'), dict(rates=(8, 2, 4, 2, 2))], ids=str)
+def test_export_of_dynamic_size(kwargs):
+    model = create_network(**kwargs, **SHORT)
+    graph, image = reparameterize_model(model), images(2, 3, 64, 96)
     step = 32 if 'spatial_expansion' in kwargs else 1
     height, width = (step * torch.export.Dim(n, min=64 // step) for n in ('height', 'width'))
     dims = {0: torch.export.Dim('batch', min=1), 2: height, 3: width}
@@ -255,6 +269,7 @@ def export_onnx(graph, path, shape, **options):
     return onnx.load(path).graph.node, onnxruntime.InferenceSession(path)
 
 
+@needs_onnx_exporter
 def test_static_onnx_has_no_shapes_and_slices(tmp_path):
     model, shape = create_network('hbonet_025_8x_d8', torch.float32), (1, 3, 64, 64)
     nodes, session = export_onnx(reparameterize_model(model), str(tmp_path / 'model.onnx'), shape)
@@ -265,6 +280,7 @@ def test_static_onnx_has_no_shapes_and_slices(tmp_path):
     assert_equal(logits, model(image).detach(), 60 * 10 * torch.finfo(torch.float32).eps)
 
 
+@needs_onnx_exporter
 def test_dynamic_onnx(tmp_path):
     model = create_network('hbonet_010', torch.float32, **SHORT)
     dims = {i: torch.export.Dim(n, min=m) for i, n, m in ((0, 'batch', 1), (2, 'height', 33), (3, 'width', 33))}

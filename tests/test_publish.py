@@ -152,7 +152,7 @@ def test_converted_model(name, dry_run):
 
 
 def test_transformers_loads_a_converted_folder(dry_run):
-    transformers = pytest.importorskip('transformers', reason='needs pip install timm-hbonet[clients]')
+    transformers = pytest.importorskip('transformers', reason='needs pip install -e .[clients]')
     folder = dry_run / 'hbonet_035.r96_in1k'
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 400, 3), dtype=np.uint8))
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()

@@ -233,7 +233,7 @@ def test_clean_checkpoint(run, in1k, workspace):
 
 
 def test_inference(run, in1k, workspace):
-    pytest.importorskip('pandas', reason='timm\'s inference.py needs pandas: pip install "timm-hbonet[clients]"')
+    pytest.importorskip('pandas', reason='timm\'s inference.py needs pandas: pip install -e ".[clients]"')
     run('inference.py', *SMALL, *LOADER, folder=in1k[0])
     rows = read_csv(workspace / 'results' / 'predictions.csv')
     correct = [Path(row['filename']).parent.name == row['index'] for row in rows]
@@ -254,7 +254,7 @@ def test_bulk_runner(run, workspace):
 
 def test_onnx_export_and_validate(run, in1k):
     for module in ('onnx', 'onnxruntime', 'onnxscript'):
-        pytest.importorskip(module, reason=f'{module} is not installed: pip install "timm-hbonet[test]"')
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[test]"')
     run('onnx_export.py', *SMALL, folder=in1k[0])
     output = run('onnx_validate.py', '--img-size', '64', '--workers', '1')
     assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(best_top1(in1k[1]), abs=1e-3)

@@ -68,7 +68,7 @@ def wheel(tmp_path_factory):
     """A wheel that is built from the source distribution, as for a release."""
     for name in ('editables', 'hatchling', 'pip'):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f'{name} is not installed: pip install "timm-hbonet[test]"')
+            pytest.skip(f'{name} is not installed: pip install -e ".[test]"')
     path = tmp_path_factory.mktemp('dist')
     for command in (
             ['hatchling', 'build', '-d', path, '-t', 'sdist'],

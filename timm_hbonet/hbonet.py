@@ -98,9 +98,10 @@ class AvgPool2dCeil(nn.Module):
     """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and any(isinstance(n, torch.SymInt) for n in (x.shape[-2], x.shape[-1])):
-            # ceil_mode would branch on a size that an export leaves open
-            return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
+        if not torch.jit.is_scripting():
+            if isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt):
+                # ceil_mode would branch on a size that an export leaves open
+                return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
@@ -315,7 +316,6 @@ class HBONet(nn.Module):
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
         self.blocks = HarmoniousStages(*stages)
 
-        # Head + Pooling
         self.num_features = round_chs(1600 * max(width, 1.0))
         self.conv_head = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
         self.global_pool, self.classifier = create_classifier(

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Callable, Dict, Optional, Union
 from urllib.error import URLError
 
@@ -51,7 +52,7 @@ def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **
     kwargs.update(pretrained_filter_fn=filter_strictly, pretrained_cfg_overlay={**overlay, 'file': file})
     try:
         return build(**kwargs)
-    except (EOFError, RuntimeError, SafetensorError) as e:
+    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as e:  # of PyTorch, by its version
         raise RuntimeError(f'Cannot use {file} as the weights of {name}. {type(e).__name__}: {e}') from e
 
 
