@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Optional
 
 import timm
@@ -78,7 +79,7 @@ def convert(path: Path, name: str, repo_id: str, folder: Path) -> bool:
     """
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
-    except (EOFError, RuntimeError, SafetensorError, ValueError) as e:
+    except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as e:
         raise RuntimeError(f'Cannot load {path} as the weights of {name}. {type(e).__name__}: {e}') from e
     # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
     images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2

@@ -63,7 +63,7 @@ def add_run_options(parser: argparse.ArgumentParser, output: str, epochs: int) -
     """Options that all scripts have."""
     add = parser.add_argument
     add('--output', type=Path, default=Path('output') / output, metavar='DIR',
-        help='new folder for what is written; if there are files in it, DIR-1, DIR-2, ... (default: %(default)s)')
+        help='new folder for what is written; if it is there, DIR-1, DIR-2, ... (default: %(default)s)')
     add('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
         help='(default: %(default)s)')
     add('--epochs', type=number(int, 1), default=epochs, metavar='N', help='(default: %(default)s)')
@@ -84,14 +84,13 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
 
 
 def create_output_dir(args: argparse.Namespace) -> None:
-    """Make --output a new or an empty folder: nothing that a call finds is overwritten.
+    """Make --output a new folder: nothing that a call finds is overwritten.
 
     Takes the next free number like timm's scripts, and sets `args.output_dir`.
     """
     path = args.output if args.output.name not in ('', '..') else args.output.resolve()
     try:
-        if not path.is_dir() or any(path.iterdir()):
-            path = Path(get_outdir(str(path), inc=True))
+        path = Path(get_outdir(str(path), inc=True))  # also beside an empty one, which another run may have made
     except (OSError, AssertionError) as e:
         reason = e.strerror if isinstance(e, OSError) else 'the numbers up to 99 are taken'
         raise BadInput(f'--output {args.output} cannot be made: {reason}. Give another folder.') from None

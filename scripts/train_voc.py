@@ -205,6 +205,8 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     checkpoint = start_run(args, parser)
     test_transforms = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     test_set = VOC(args.data, '2007', 'test', test_transforms, quiet=args.rank > 0)
+    if all(target['difficult'].all() for target in test_set.targets):
+        raise BadInput(f'{args.data} has only difficult objects to test on, which do not count. Check the test list.')
     if args.evaluate:
         model = create_detector(args.model, args.image_size)
         restore(args.evaluate, model)

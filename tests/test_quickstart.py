@@ -124,7 +124,6 @@ def test_a_second_run_works_and_overwrites_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(quickstart, 'fit', fit)  # as this is about files
     output = tmp_path / 'out'
-    output.mkdir()  # empty
     for path in (output, tmp_path / 'out-1'):
         status, out, _ = run('--output', output, '--device', 'cpu')
         assert status == 0

@@ -46,13 +46,15 @@ class RepConvNormAct(ConvNormAct):
         """Returns the convolution with the norm folded in, and the activation, or this if the norm is none to fold."""
         norm = self.bn
         is_batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d))
-        if type(self.conv) not in (nn.Conv2d, nn.ConvTranspose2d) or not is_batch_norm or norm.running_mean is None:
+        # pruning and weight normalization set the weight anew in each forward
+        is_conv = type(self.conv) in (nn.Conv2d, nn.ConvTranspose2d) and 'weight' in self.conv._parameters
+        if not is_conv or not is_batch_norm or norm.running_mean is None:
             return self
         conv = copy.deepcopy(self.conv)
         # a depthwise transposed convolution has its output channels first too
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        return nn.Sequential(conv, getattr(norm, 'act', nn.Identity()))
+        return nn.Sequential(conv, copy.deepcopy(getattr(norm, 'act', nn.Identity())))
 
 
 class InvertedResidual(nn.Module):
@@ -266,7 +268,8 @@ class HBONet(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         expansions = ('nearest', 'bilinear', 'deconv')
         for name, value, is_allowed, allowed in (
-                ('width', width, width > 0, 'positive'),
+                ('width', width, 0 < width < math.inf, 'positive'),
+                ('divisor', divisor, isinstance(divisor, int) and divisor >= 1, 'a whole number of at least 1'),
                 ('depths', depths, len(depths) == 9 and min(depths) >= 1, '9 numbers of at least 1'),
                 ('rates', rates, len(rates) == 5 and set(rates) <= {2, 4, 8}, '5 numbers out of 2, 4 and 8'),
                 ('spatial_expansion', spatial_expansion, spatial_expansion in expansions, f'one of {expansions}'),
@@ -414,9 +417,8 @@ class HBONet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         num_chs = self.feature_info[max_index]['num_chs']
         max_index = self.stage_ends[max_index]
-        # conv_head follows the last stage and is no feature: it goes with the head, as a norm, or with the stage
         prune_end = prune_norm or prune_head or max_index < len(self.blocks) - 1
-        self.blocks = self.blocks[:max_index + 1]
+        del self.blocks[max_index + 1:]
         if prune_end:
             # features now end at the last kept tap, the head is sized for the final features so it goes too
             self.conv_head = nn.Identity()
@@ -433,9 +435,7 @@ class HBONet(nn.Module):
         return self.conv_head(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate > 0.:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        x = F.dropout(self.global_pool(x), p=self.drop_rate, training=self.training)
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -219,18 +219,18 @@ def _is_known(block: nn.Module) -> bool:
         own = [*block.contract, block.conv_dw, block.conv_pwl, *([block.conv_dw_end] if block.has_skip else [])]
     else:
         own = [block.conv_dw, block.conv_pwl] if type(block) is InvertedResidual else [block]
-    layers = [m for m in block.modules() if type(m) is RepConvNormAct and m.fuse() is not m]
+    layers = [
+        m for name, m in block.named_modules() if type(m) is RepConvNormAct and m.fuse() is not m
+        and m.conv.groups == (m.in_channels if 'dw' in name or 'expand' in name else 1)]
     others = set(block.modules()) - {block, *(m for layer in layers for m in layer.modules())}
     types = (nn.Sequential, nn.Identity, AvgPool2dCeil, DropPath, SpatialExpansion)
     return all(m in layers for m in own) and all(type(m) in types for m in others)
 
 
 def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
-    """Create the graph, with channels padded to multiples of `multiple`, of stages, which are not changed.
-
-    Returns:
-        The graph, or None where a block is not as HBONet makes it, or a norm is none to fold.
-    """
+    """Create the graph of stages. None where a block is not as HBONet makes it, or a norm is none to fold."""
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f'`channel_multiple` must be a whole number of at least 1, got {multiple!r}.')
     if not all(type(stage) is nn.Sequential and len(stage) and all(map(_is_known, stage)) for stage in stages):
         return None
     blocks = [block for stage in stages for block in stage]

@@ -52,7 +52,7 @@ def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **
     kwargs.update(pretrained_filter_fn=filter_strictly, pretrained_cfg_overlay={**overlay, 'file': file})
     try:
         return build(**kwargs)
-    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as e:  # of PyTorch, by its version
+    except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, UnpicklingError) as e:
         raise RuntimeError(f'Cannot use {file} as the weights of {name}. {type(e).__name__}: {e}') from e
 
 
@@ -64,7 +64,7 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
         RuntimeError: If there is none.
     """
     namespace = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
-    if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*(@[^@\s]+)?', namespace):
+    if not re.fullmatch(r'(?![^@]{64})[A-Za-z0-9]+([._-][A-Za-z0-9]+)*(@[^@\s]+)?', namespace):
         raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {namespace!r}.")
     path = get_release_path(name, cache_dir)
     problem = check_release(path, name)

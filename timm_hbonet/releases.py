@@ -94,6 +94,8 @@ def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) ->
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled(f'HF_HUB_OFFLINE is set, {url} is not asked')
         if path.exists():
+            if not problem.startswith('the '):
+                raise OSError(f'{path} cannot be read: {problem}. Correct its permissions, or move it away.')
             _logger.warning(f'Replacing {path}: {problem}')
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as scratch:
