@@ -118,10 +118,12 @@ def test_training_lowers_the_loss_and_finds_objects_in_unseen_images(trained):
 
 def test_evaluation_takes_the_model_from_the_file_and_gives_the_score_of_training(trained, devkit, tmp_path):
     status, out, _ = run(
-        devkit, '--evaluate', trained['output'] / 'last.pth', '--output', tmp_path / 'out', '--device', 'cpu', '--workers', 0)
+        devkit, '--evaluate', trained['output'] / 'last.pth', '--output', tmp_path / 'out', '--device', 'cpu',
+        '--workers', 0)
     assert status == 0
     assert score_line(out) == score_line(trained['stdout'])
-    with Image.open(tmp_path / 'out' / 'detections.png') as picture, Image.open(trained['output'] / 'detections.png') as same:
+    pictures = [folder / 'detections.png' for folder in (tmp_path / 'out', trained['output'])]
+    with Image.open(pictures[0]) as picture, Image.open(pictures[1]) as same:
         assert picture.size == (2 + 4 * 322, 2 + 2 * 322)  # eight images
         assert picture.tobytes() == same.tobytes()
 
