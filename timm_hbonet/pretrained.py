@@ -18,24 +18,18 @@ from torch import Tensor, nn
 from .releases import check_release, download_release, get_release_name, get_release_path
 
 _logger = logging.getLogger(__name__)
-# of files, connections and the Hub, whose client has another HTTP library in each of its major versions
-_ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)
+_ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)  # the client's HTTP library differs between versions
 _ANSWERS = (URLError, HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled)
 
 
 def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build a model as timm's function of this name does, with published weights from where `find_weights` finds them.
-
-    Raises:
-        RuntimeError: If published weights cannot be found, read, or fitted to the model.
-    """
+    """Build a model as timm's function does, published weights by `find_weights`. RuntimeError if those do not fit."""
     build = partial(timm.models.build_model_with_cfg, model_cls, variant, pretrained)
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     name = pretrained and get_release_name(
         timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay))
     if not name:
         return build(**kwargs)
-
     if kwargs.get('spatial_expansion', 'nearest') != 'nearest':
         raise ValueError(f"The weights of {name} are for spatial_expansion='nearest'. Use that, or pretrained=False.")
     filter_fn = kwargs.pop('pretrained_filter_fn')
@@ -70,7 +64,6 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
     problem = check_release(path, name)
     if not problem and namespace == 'timm':  # another may have other weights
         return str(path)
-
     failures = [f'{path}: {problem}'] if problem else []
     namespace, at, revision = namespace.partition('@')
     for source, download in {
@@ -90,19 +83,18 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
     tried = '\n'.join(f'{i}. {failure}' for i, failure in enumerate(failures, 1))
     raise RuntimeError(
         f'Found no weights for {name}. Tried, in this order:\n{tried}\nSet TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to '
-        f"a Hub that has them, or give a file with `pretrained_cfg_overlay=dict(file='...')`. If a folder is read-only "
-        f'or full, set `cache_dir`, or TORCH_HOME and HF_HOME, to another.') from error
+        f"a Hub that has them, `pretrained_cfg_overlay=dict(file='...')` to a file, or `cache_dir`, or TORCH_HOME and "
+        f'HF_HOME, to a folder that is not read-only or full.') from error
 
 
-def _download_from_hub(repo_id: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
+def _download_from_hub(repo: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
     files = ('model.safetensors', 'pytorch_model.bin')
-    cached = [file for file in files if isinstance(try_to_load_from_cache(repo_id, file, cache_dir, revision), str)]
+    cached = [file for file in files if isinstance(try_to_load_from_cache(repo, file, cache_dir, revision), str)]
     for file in (*cached, *files):
         try:
             if file not in cached:  # a download tries for minutes before it gives up on a Hub that does not answer
-                url = hf_hub_url(repo_id, file, revision=revision)
-                get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            return hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
+                get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir)
         except EntryNotFoundError as e:
             error = e
     raise error
