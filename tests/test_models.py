@@ -305,17 +305,17 @@ def test_only_rate_2_activates_before_the_channels_are_contracted():
 
 
 def test_spatial_expansion():
-    x, y = images(2, 24, 30, 32), images(2, 18, 8, 8)
+    x, y = images(2, 18, 30, 32), images(2, 18, 8, 8)
     for mode in ('nearest', 'bilinear'):
         expand = HarmoniousBottleneck(24, 36, rate=4, spatial_expansion=mode).expand
-        assert torch.equal(expand(y, x.shape[-2:]), F.interpolate(y, (30, 32), mode=mode))
+        assert torch.equal(expand(y, x), F.interpolate(y, (30, 32), mode=mode) + x)
     for rate, stride in ((2, 1), (4, 1), (8, 2)):
         block = HarmoniousBottleneck(
             24, 36, rate=rate, stride=stride, spatial_expansion='deconv', dtype=torch.float64).eval()
         conv = block.expand.conv.conv
         assert isinstance(conv, nn.ConvTranspose2d) and conv.stride == (rate // stride,) * 2 and conv.groups == 18
-        size = (8 * rate // stride - 1, 8 * rate // stride)
-        assert torch.equal(block.expand(y, size), block.expand.conv(y)[:, :, :-1])
+        x = images(2, 18, 8 * rate // stride - 1, 8 * rate // stride)
+        assert torch.equal(block.expand(y, x), block.expand.conv(y)[:, :, :-1] + x)
 
 
 def test_pooling_averages_the_pixels_that_there_are():

@@ -33,6 +33,7 @@ from timm.models._features import feature_take_indices
 from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .export import add_expanded, expand, exports_program, is_known, pad_to_even
 from .pretrained import build_model_with_cfg
 from .releases import checkpoint_filter_fn, rename_release
 
@@ -101,14 +102,14 @@ class AvgPool2dCeil(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt):
-                # ceil_mode would branch on a size that an export leaves open
-                return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
+            # ceil_mode would branch on a size that an export leaves open, and few runtimes have it
+            if isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt) or exports_program():
+                return F.avg_pool2d(pad_to_even(x), 2)
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 class SpatialExpansion(nn.Module):
-    """Expansion of a feature map to the size of the one that it is added to."""
+    """Expansion of a feature map to the size of another, which it is added to."""
 
     def __init__(self, chs: int, stride: int, mode: str, norm_layer: LayerType, device=None, dtype=None):
         super().__init__()
@@ -120,11 +121,17 @@ class SpatialExpansion(nn.Module):
             self.conv = RepConvNormAct(chs, chs, apply_act=False, norm_layer=norm_layer, **dd)
             self.conv.conv = nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd)
 
-    def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
-        if self.conv is None:
-            return F.interpolate(x, size=size, mode=self.mode)
-        # the strided convolutions round sizes up, so that the transposed one can exceed the size
-        return self.conv(x)[:, :, :size[0], :size[1]]
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        size = shortcut.shape[-2:]
+        if self.conv is not None:
+            # the strided convolutions round sizes up, so that the transposed one can exceed the size
+            return self.conv(x)[:, :, :size[0], :size[1]] + shortcut
+        if not torch.jit.is_scripting():
+            if self.mode == 'nearest' and exports_program() and is_known(x, shortcut):
+                return add_expanded(x, shortcut, self.stride)
+            if self.mode == 'nearest' and torch.onnx.is_in_onnx_export() and is_known(x, shortcut):
+                return expand(x, size, self.stride) + shortcut
+        return F.interpolate(x, size=size, mode=self.mode) + shortcut
 
 
 class HarmoniousBottleneck(nn.Module):
@@ -195,8 +202,7 @@ class HarmoniousBottleneck(nn.Module):
             added, passed = shortcut[:, :self.half_chs], shortcut[:, -self.pass_chs:]
         x = self.conv_pwl(self.conv_dw(self.contract(x)))
         if self.has_skip:
-            x = self.expand(self.drop_path(x), added.shape[-2:]) + added
-            x = self.conv_dw_end(x)
+            x = self.conv_dw_end(self.expand(self.drop_path(x), added))
         return torch.cat([passed, x], dim=1)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch.jit import Final
 
+from .export import exports_program, pad_to_even
 from .hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion
 
 __all__ = ['InferenceStages', 'create_inference_stages']
@@ -98,18 +99,13 @@ class AveragePool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2], x.shape[-1]
         # sizes that a trace or an export leaves open are no int, and must not decide what is recorded
-        if isinstance(h, int) and isinstance(w, int) and h % 2 == 0 and w % 2 == 0:
-            return self.conv(x)
+        if isinstance(h, int) and isinstance(w, int):
+            if h % 2 == 0 and w % 2 == 0:
+                return self.conv(x)
+            if not torch.jit.is_scripting():
+                if exports_program():
+                    return self.conv(pad_to_even(x))
         return self.pool(x)
-
-
-class NearestExpansion(nn.Module):
-    """Spatial expansion by 2, which runtimes take more readily by its factor than by the size that it leads to."""
-
-    def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
-        if isinstance(size[0], int) and isinstance(size[1], int):
-            return F.interpolate(x, scale_factor=2.)[:, :, :size[0], :size[1]]
-        return F.interpolate(x, size=size)
 
 
 class InferenceBottleneck(nn.Module):
@@ -149,8 +145,6 @@ class InferenceBottleneck(nn.Module):
             self.expand = copy.deepcopy(block.expand)
             if self.expand.conv is not None:
                 self.expand.conv = _lay_out(self.expand.conv, computed_layout)
-            elif (self.expand.mode, self.expand.stride) == ('nearest', 2):
-                self.expand = NearestExpansion()
             self.conv_dw_end = _lay_out(block.conv_dw_end, computed_layout)
         self.layouts = [
             [c - passed[0] if c >= 0 else -1 for c in passed_layout],
@@ -171,8 +165,7 @@ class InferenceBottleneck(nn.Module):
             whole = _join(pooled)
             added, passed = self.select_added(whole), self.select_passed(whole)
         if self.has_skip:
-            x = self.expand(x, added.shape[-2:]) + added
-            x = self.conv_dw_end(x)
+            x = self.conv_dw_end(self.expand(x, added))
         return [passed, x]
 
 
