@@ -45,10 +45,16 @@ def _is_scaled(x: torch.Tensor, size: List[int], scale: int) -> bool:
     return scale == 2 or tuple(size) == (x.shape[-2] * scale, x.shape[-1] * scale)
 
 
-def _get_nearest(size: int, out_size: int) -> List[int]:
-    """Get the places that nearest upsampling takes, counted in float32 as PyTorch does."""
-    step = c_float(size / out_size).value
-    return [min(int(c_float(i * step).value), size - 1) for i in range(out_size)]
+def _expand_width(x: torch.Tensor, out_width: int) -> torch.Tensor:
+    """Expand the last dimension by nearest upsampling, to a width that is no whole multiple, by a product with 0 and 1.
+
+    Runtimes differ in what is nearest there. Places are counted in float32, as PyTorch does.
+    """
+    width = x.shape[-1]
+    step = c_float(width / out_width).value
+    places = [min(int(c_float(i * step).value), width - 1) for i in range(out_width)]
+    weight = x.new_tensor([[float(i == place) for i in range(width)] for place in places])
+    return F.linear(x.reshape(-1, width), weight).reshape(*x.shape[:-1], out_width)
 
 
 def expand(x: torch.Tensor, size: List[int], scale: int) -> torch.Tensor:
@@ -72,7 +78,7 @@ def add_expanded(x: torch.Tensor, shortcut: torch.Tensor, scale: int) -> torch.T
     chs, h, w = x.shape[1:]
     size = shortcut.shape[-2:]
     if not _is_scaled(x, size, scale):
-        return x[:, :, _get_nearest(h, size[0])][:, :, :, _get_nearest(w, size[1])] + shortcut
+        return _expand_width(_expand_width(x, size[1]).mT, size[0]).mT + shortcut
     # Each pixel is added to the `scale` x `scale` ones that it is nearest to. Channels last, as XNNPACK stores maps,
     # all but the sum are views. Batch and height share a dimension: Core ML has five at most.
     shortcut = F.pad(shortcut, (0, w * scale - size[1], 0, h * scale - size[0])).permute(0, 2, 3, 1)
