@@ -16,6 +16,7 @@ from networks import (
     images,
     needs_dynamic_export,
     needs_onnx_exporter,
+    needs_program_export,
     needs_torch,
     released,
 )
@@ -29,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_hbonet import HBONet
-from timm_hbonet.hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual
+from timm_hbonet.hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, SpatialExpansion
 
 REDUCTIONS = [2, 4, 8, 16, 32]
 # of stages 2, 3, 4, 7 and 9
@@ -316,6 +317,33 @@ def test_spatial_expansion():
         assert isinstance(conv, nn.ConvTranspose2d) and conv.stride == (rate // stride,) * 2 and conv.groups == 18
         x = images(2, 18, 8 * rate // stride - 1, 8 * rate // stride)
         assert torch.equal(block.expand(y, x), block.expand.conv(y)[:, :, :-1] + x)
+
+
+@needs_program_export
+@pytest.mark.parametrize('size, rate', [
+    ((8, 6), 2), ((7, 5), 2), ((1, 9), 2), ((8, 12), 4), ((25, 29), 4), ((57, 50), 8),
+    ((122, 16), 8),  # in float32, row 61 comes from another than in float64
+])
+def test_spatial_expansion_in_a_program(size, rate):
+    x, shortcut = (
+        images(2, 3, *sizes, dtype=torch.float32) for sizes in ([-(-s // rate) for s in size], size))
+    expand = SpatialExpansion(3, rate, 'nearest', nn.BatchNorm2d)
+    program = torch.export.export(expand, (x, shortcut))
+    assert torch.equal(program.module()(x, shortcut), expand(x, shortcut))
+    # XNNPACK has no upsampling, and Core ML five dimensions at most
+    assert not any('upsample' in str(node.target) for node in program.graph.nodes)
+    assert max(node.meta['val'].ndim for node in program.graph.nodes if 'val' in node.meta
+               and isinstance(node.meta['val'], torch.Tensor)) <= 5
+
+
+@needs_program_export
+@pytest.mark.parametrize('size', [(8, 6), (7, 6), (8, 5), (7, 5), (1, 1)])
+def test_pooling_in_a_program(size):
+    x = images(2, 3, *size)
+    program = torch.export.export(AvgPool2dCeil(), (x,))
+    torch.testing.assert_close(program.module()(x), AvgPool2dCeil()(x), rtol=1e-15, atol=1e-15)
+    pools = [node for node in program.graph.nodes if 'avg_pool2d' in str(node.target)]
+    assert [node.args[4:] for node in pools] == [()]  # no ceil_mode
 
 
 def test_pooling_averages_the_pixels_that_there_are():

@@ -48,7 +48,7 @@ def _is_scaled(x: torch.Tensor, size: List[int], scale: int) -> bool:
 def _expand_width(x: torch.Tensor, out_width: int) -> torch.Tensor:
     """Expand the last dimension by nearest upsampling, to a width that is no whole multiple, by a product with 0 and 1.
 
-    Runtimes differ in what is nearest there. Places are counted in float32, as PyTorch does.
+    Runtimes differ in what is nearest there. Places are counted in float32, as PyTorch does for float32.
     """
     width = x.shape[-1]
     step = c_float(width / out_width).value

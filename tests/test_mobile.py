@@ -1,0 +1,222 @@
+"""Every architecture computes the same in the runtimes of docs/mobile.md, by the commands that stand there."""
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pages
+import pytest
+import torch
+from networks import create_network, images
+from pages import assert_equal_to
+from reference import ARCHITECTURES, release_state_dict
+from timm.utils import reparameterize_model
+
+PAGE = (Path(__file__).parents[1] / 'docs' / 'mobile.md').read_text(encoding='utf-8')
+# of each runtime, what must be there
+MODULES = {
+    'ExecuTorch': ('executorch',), 'LiteRT': ('litert_torch', 'ai_edge_litert'), 'ncnn': ('pnnx', 'ncnn'),
+    'MNN': ('MNN', 'onnxscript'), 'Core ML': ('coremltools',), 'OpenVINO': ('openvino',),
+    'ONNX Runtime': ('onnxruntime', 'onnxscript'),
+}
+SIZES = ((224, 224), (192, 192), (160, 160), (128, 128), (96, 96), (200, 200), (225, 225), (97, 111))
+
+
+def need(*names):
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed. Run: pip install -e '.[mobile]'")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def to_executorch(model, image):
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    program = to_edge_transform_and_lower(torch.export.export(model, (image,)), partitioner=[XnnpackPartitioner()])
+    calls = [str(n.target) for n in program.exported_program().graph.nodes if n.op == 'call_function']
+    Path('model.pte').write_bytes(program.to_executorch().buffer)
+    logits = Runtime.get().load_program('model.pte').load_method('forward').execute([image])[0]
+    others = [name for name in calls if 'delegate' not in name and 'getitem' not in name]
+    return logits, sum('delegate' in name for name in calls), others
+
+
+def to_litert(model, image):
+    import litert_torch
+    from ai_edge_litert.interpreter import Interpreter
+    with contextlib.redirect_stdout(io.StringIO()):
+        litert_torch.convert(model, (image,)).export('model.tflite')
+    interpreter = Interpreter('model.tflite', num_threads=1)
+    logits = interpreter.get_signature_runner()(args_0=image.numpy())['output_0']
+    return logits, sum(op['op_name'] == 'DELEGATE' for op in interpreter._get_ops_details()), []
+
+
+def to_ncnn(model, image):
+    import ncnn
+    import pnnx
+    pnnx.export(model, 'model.pt', (image,), fp16=False)
+    net = ncnn.Net()
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    assert net.load_param('model.ncnn.param') == net.load_model('model.ncnn.bin') == 0
+    extractor = net.create_extractor()
+    extractor.input('in0', ncnn.Mat(image[0].numpy()))
+    return np.array(extractor.extract('out0')[1])[None]
+
+
+def to_mnn(path, image):
+    import _tools
+    import MNN.expr
+    import MNN.nn
+    _tools.mnnconvert(f'mnnconvert -f ONNX --modelFile {path} --MNNModel model.mnn'.split())
+    manager = MNN.nn.create_runtime_manager(({'backend': 'CPU', 'numThread': 1, 'precision': 'high'},))
+    net = MNN.nn.load_module_from_file('model.mnn', ['input'], ['output'], runtime_manager=manager)
+    return net.forward([MNN.expr.const(image.numpy(), image.shape, MNN.expr.NCHW)])[0].read()
+
+
+def to_openvino(path, image):
+    import openvino
+    return openvino.compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(image.numpy())[0]
+
+
+def to_onnxruntime(path, image):
+    import onnxruntime
+    return onnxruntime.InferenceSession(path).run(None, {'input': image.numpy()})[0]
+
+
+# every architecture, and among them every size
+CASES = [pytest.param(name, SIZES[i % len(SIZES)], id=f'{name}-{"x".join(map(str, SIZES[i % len(SIZES)]))}')
+         for i, name in enumerate(ARCHITECTURES)]
+
+
+@functools.lru_cache(maxsize=1)
+def create(name, size):
+    model = create_network(name, torch.float32).requires_grad_(False)
+    image = images(1, 3, *size, dtype=torch.float32)
+    return model, reparameterize_model(model), image, model(image)
+
+
+@pytest.mark.parametrize('name, size', CASES)
+@pytest.mark.parametrize('runtime, convert', [('ExecuTorch', to_executorch), ('LiteRT', to_litert)])
+def test_xnnpack(runtime, convert, name, size):
+    need(*MODULES[runtime])
+    _, graph, image, expected = create(name, size)
+    logits, delegates, others = convert(graph, image)
+    assert_equal_to(logits, expected, 1e-4)
+    is_multiple = all(s % 32 == 0 for s in size)
+    if is_multiple or name not in ('hbonet_025_4x_d8', 'hbonet_025_8x_d8'):
+        assert (delegates, others) == (1, [])
+
+
+@pytest.mark.parametrize('name, size', [('hbonet_010', (97, 111)), ('hbonet_025_8x_d8', (97, 111))])
+@pytest.mark.parametrize('runtime, convert', [('ExecuTorch', to_executorch), ('LiteRT', to_litert)])
+def test_xnnpack_without_reparameterization(runtime, convert, name, size):
+    need(*MODULES[runtime])
+    model, _, image, expected = create(name, size)
+    assert_equal_to(convert(model, image)[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
+def test_executorch_in_channels_last(name):
+    need(*MODULES['ExecuTorch'])
+    _, graph, image, expected = create(name, (97, 111))
+    assert_equal_to(to_executorch(graph, image.to(memory_format=torch.channels_last))[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize('name, size', CASES)
+def test_ncnn(name, size):
+    need(*MODULES['ncnn'])
+    _, graph, image, expected = create(name, size)
+    assert_equal_to(to_ncnn(graph, image), expected, 1e-4)
+
+
+@pytest.mark.parametrize('name, size', CASES)
+def test_runtimes_of_onnx(name, size):
+    need('onnxscript')
+    _, graph, image, expected = create(name, size)
+    torch.onnx.export(
+        graph, (image,), 'model.onnx', input_names=['input'], output_names=['output'], dynamo=True, opset_version=18,
+        verbose=False)
+    missing = []
+    for runtime, run in (('MNN', to_mnn), ('OpenVINO', to_openvino), ('ONNX Runtime', to_onnxruntime)):
+        if all(map(importlib.util.find_spec, MODULES[runtime])):
+            assert_equal_to(run('model.onnx', image), expected, 1e-4)
+        else:
+            missing.append(runtime)
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed, the others passed. Run: pip install -e '.[mobile]'")
+
+
+@pytest.mark.parametrize('name, size', CASES)
+def test_core_ml_converts(name, size):
+    need(*MODULES['Core ML'])
+    import coremltools
+    _, graph, image, _ = create(name, size)
+    program = torch.export.export(graph, (image,)).run_decompositions({})
+    with contextlib.redirect_stderr(io.StringIO()):
+        converted = coremltools.convert(program, skip_model_load=True)
+    types = [op.op_type for op in converted._mil_program.functions['main'].operations]
+    assert types.count('conv') == sum(isinstance(m, torch.nn.Conv2d) for m in graph.modules())
+
+
+def run_commands(heading, folder):
+    """Run the shell commands under a heading of the page, with the programs of this Python."""
+    section = re.search(rf'^## {re.escape(heading)}\n(.*?)(?=^## |\Z)', PAGE, re.MULTILINE | re.DOTALL)[1]
+    commands = re.findall(r'^```sh\n(.*?)^```', section, re.MULTILINE | re.DOTALL)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
+    done = subprocess.run(
+        ['bash', '-euc', ''.join(commands)], cwd=folder, env={**os.environ, 'PATH': path}, capture_output=True,
+        text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def network():
+    model = create_network('hbonet_100', torch.float32)
+    model.load_state_dict(release_state_dict('hbonet_100', torch.float32))
+    return model
+
+
+@pytest.mark.parametrize('runtime', MODULES)
+def test_page(server, folder, network, runtime):
+    need('timmx', *MODULES[runtime])
+    output = run_commands(runtime, folder)
+    if runtime == 'Core ML':  # runs on macOS
+        assert 'saved' in output and Path('hbonet_100.mlpackage').is_dir()
+        return
+    image = images(1, 3, 224, 224, dtype=torch.float32)
+    page = pages.run_page('mobile.md', runtime, image=image)
+    tolerance = {'ncnn': 1e-2, 'OpenVINO': 1e-2}.get(runtime, 1e-4)  # half precision
+    assert_equal_to(torch.as_tensor(page['logits']).reshape(1, -1), network(image), tolerance)
+
+
+def test_page_without_timmx(server, network):
+    need(*MODULES['ExecuTorch'], *MODULES['LiteRT'], *MODULES['ncnn'])
+    image = images(1, 3, 224, 224, dtype=torch.float32)
+    pages.run_page('mobile.md', 'Without timmx', image=image)
+    from executorch.runtime import Runtime
+    method = Runtime.get().load_program('hbonet_100.pte').load_method('forward')
+    assert_equal_to(method.execute([image])[0], network(image), 1e-4)
+    assert Path('hbonet_100.tflite').stat().st_size > 1e7 and Path('hbonet_100.ncnn.bin').stat().st_size > 1e7
+
+
+def test_known_problems(folder):
+    need('executorch', 'litert_torch', 'pnnx', 'ncnn', 'coremltools')
+    page = pages.run_page('mobile.md', 'Known problems')
+    for package, version, problem in (
+            ('litert-torch', '0.10.0', 'litert_is_wrong'), ('coremltools', '9.0', 'core_ml_refuses'),
+            ('pnnx', '20261020', 'ncnn_is_wrong'), ('executorch', '1.5.1', 'executorch_leaves_it')):
+        if importlib.metadata.version(package) == version:
+            assert page[problem], f'{package} {version} has no such problem any more: mend docs/mobile.md'
