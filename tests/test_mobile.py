@@ -82,7 +82,8 @@ def to_mnn(path, image):
     _tools.mnnconvert(f'mnnconvert -f ONNX --modelFile {path} --MNNModel model.mnn'.split())
     manager = MNN.nn.create_runtime_manager(({'backend': 'CPU', 'numThread': 1, 'precision': 'high'},))
     net = MNN.nn.load_module_from_file('model.mnn', ['input'], ['output'], runtime_manager=manager)
-    return net.forward([MNN.expr.const(image.numpy(), image.shape, MNN.expr.NCHW)])[0].read()
+    output = net.forward([MNN.expr.const(image.numpy(), image.shape, MNN.expr.NCHW)])[0]
+    return output.read().copy()
 
 
 def to_openvino(path, image):
@@ -213,10 +214,11 @@ def test_page_without_timmx(server, network):
 
 
 def test_known_problems(folder):
-    need('executorch', 'litert_torch', 'pnnx', 'ncnn', 'coremltools')
+    need('executorch', 'litert_torch', 'pnnx', 'ncnn', 'coremltools', 'MNN')
     page = pages.run_page('mobile.md', 'Known problems')
     for package, version, problem in (
             ('litert-torch', '0.10.0', 'litert_is_wrong'), ('coremltools', '9.0', 'core_ml_refuses'),
-            ('pnnx', '20261020', 'ncnn_is_wrong'), ('executorch', '1.5.1', 'executorch_leaves_it')):
+            ('pnnx', '20261020', 'ncnn_is_wrong'), ('executorch', '1.5.1', 'executorch_leaves_it'),
+            ('MNN', '3.6.1', 'mnn_overwrites')):
         if importlib.metadata.version(package) == version:
             assert page[problem], f'{package} {version} has no such problem any more: mend docs/mobile.md'
