@@ -14,6 +14,7 @@ from networks import (
     images,
     needs_dynamic_export,
     needs_onnx_exporter,
+    needs_torch,
 )
 from reference import ARCHITECTURES, release_state_dict
 from timm.layers import (
@@ -242,6 +243,17 @@ def test_export_of_dynamic_size(kwargs):
     program = torch.export.export(graph, (image,), dynamic_shapes=(dims,)).module()
     for shape in [(1, 3, 64, 128)] + [(3, 3, 65, 101)] * (step == 1):
         assert_equal(program(images(*shape)), model(images(*shape)))
+
+
+@needs_torch('2.7', 'torch.compiler.is_exporting')
+@pytest.mark.parametrize('size', [(64, 96), (65, 47)], ids=str)
+def test_exported_program_can_be_quantized(size):
+    """PT2E's quantizers give no range to `pad`, and XNNPACK and LiteRT refuse one that changes the range."""
+    model, image = create_network(**SHORT), images(2, 3, *size)
+    for network in (model, reparameterize_model(model)):
+        program = torch.export.export(network, (image,))
+        assert not [node for node in program.graph.nodes if '.pad.' in str(node.target) or 'upsample' in node.name]
+        assert_equal(program.module()(image), model(image))
 
 
 def test_compile_has_no_graph_break():

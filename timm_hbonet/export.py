@@ -80,7 +80,8 @@ def add_expanded(x: torch.Tensor, shortcut: torch.Tensor, scale: int) -> torch.T
     if not _is_scaled(x, size, scale):
         return _expand_width(_expand_width(x, size[1]).mT, size[0]).mT + shortcut
     # Each pixel is added to the `scale` x `scale` ones that it is nearest to. Channels last, as XNNPACK stores maps,
-    # all but the sum are views. Batch and height share a dimension: Core ML has five at most.
-    shortcut = F.pad(shortcut, (0, w * scale - size[1], 0, h * scale - size[0])).permute(0, 2, 3, 1)
+    # all but the sum are views. Batch and height share a dimension: Core ML has five at most. No `F.pad`: to
+    # quantizers of PT2E it is no operator that keeps its input's range, as XNNPACK and LiteRT want it.
+    shortcut = pad_to_even(shortcut).permute(0, 2, 3, 1)
     y = shortcut.reshape(-1, scale, w, scale, chs) + x.permute(0, 2, 3, 1).reshape(-1, 1, w, 1, chs)
     return _crop(y.reshape(-1, h * scale, w * scale, chs).permute(0, 3, 1, 2), size)
