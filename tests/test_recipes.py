@@ -1,17 +1,8 @@
-"""The commands of docs/imagenet.md, with the recipes, run timm's own scripts from a checkout that TIMM_REPO names.
-
-A script of a checkout imports the timm beside it, so that this also proves registration in a timm that is not
-installed. Training is on two classes of handwritten digits.
+"""The commands of docs/imagenet.md, with the recipes, run timm's own scripts. Training is on two classes of handwritten
+digits.
 """
-import argparse
-import csv
-import json
 import math
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +11,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from timm_scripts import (
+    RECIPES,
+    assert_learned,
+    best_top1,
+    learning_rates,
+    load_checkpoint,
+    needs_repo,
+    read_csv,
+    result,
+    run_command,
+)
 
-ROOT = Path(__file__).parents[1]
-REPO = os.environ.get('TIMM_REPO')
-RECIPES = ROOT / 'scripts' / 'recipes'
-PAGE = (ROOT / 'docs' / 'imagenet.md').read_text(encoding='utf-8')
-COMMANDS = re.findall(r'^((?:python|torchrun) .*)$', PAGE.replace('\\\n', ' '), re.MULTILINE)
 SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
 # so that 32 steps are enough to learn something
 QUICK = ['--epochs', '2', '--lr', '0.01', '--scale', '0.8', '1', '--bn-momentum', '0.5']
@@ -40,10 +37,7 @@ init = DDP.__init__
 DDP.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
 """
 
-pytestmark = pytest.mark.skipif(
-    not REPO,
-    reason='git clone https://github.com/huggingface/pytorch-image-models, and set TIMM_REPO to that folder',
-)
+pytestmark = needs_repo
 
 
 @pytest.fixture(scope='module')
@@ -53,25 +47,11 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def run(workspace, digits):
-    """Function that runs the shortest command of the page with some text in it, and returns what it logged and printed.
+    """Function that runs a command of the page with some text in it, and returns what it logged and printed."""
 
-    Arguments are appended, and come first where the command has them too.
-    """
-
-    def run(text, *args, folder=Path('RUN'), models='hbonet_*'):
-        command = min((command for command in COMMANDS if text in command), key=len)
-        places = {'RECIPES': str(RECIPES), 'DIR': str(digits), 'RUN': str(folder), 'hbonet_*': models}
-        words = [re.sub(r'^(RECIPES|DIR|RUN|hbonet_\*)', lambda m: places[m[0]], w) for w in shlex.split(command)]
-        words = [str(Path(REPO) / w) if w.endswith('.py') else w for w in words]
-        launcher = {'python': [], 'torchrun': ['-m', 'torch.distributed.run', '--standalone']}[words[0]]
-        process = subprocess.run(
-            [sys.executable, *launcher, *words[1:], *map(str, args)],
-            cwd=workspace,
-            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(workspace)},
-            capture_output=True, text=True, timeout=240)
-        output = process.stderr + process.stdout
-        assert process.returncode == 0, output
-        return output
+    def run(text, *args, folder='RUN', models='hbonet_*'):
+        places = {'DIR': digits, 'RUN': folder, 'hbonet_*': models}
+        return run_command('imagenet.md', text, *args, cwd=workspace, places=places)
 
     return run
 
@@ -114,39 +94,9 @@ def finetune(train, in1k):
         '--lr', '0.001')
 
 
-def load_checkpoint(path):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
-
-
-def read_csv(path):
-    with open(path) as f:
-        return list(csv.DictReader(f))
-
-
-def learning_rates(output):
-    return [float(x) for x in re.findall(r'LR: (\S+)', output)]
-
-
 def cosine(steps):
     """The protocol's schedule from the learning rate of these runs."""
     return [0.005 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
-
-
-def best_top1(output):
-    return float(re.search(r'Best metric: (\S+)', output)[1])
-
-
-def result(output):
-    return json.loads(output.split('--result')[1])
-
-
-def assert_learned(folder, epochs=2):
-    rows = read_csv(folder / 'summary.csv')
-    assert [int(row['epoch']) for row in rows] == list(range(epochs))
-    losses = [float(row['train_loss']) for row in rows]
-    assert losses[-1] < losses[0]
-    assert all(torch.isfinite(v).all() for v in load_checkpoint(folder / 'last.pth.tar')['state_dict'].values())
 
 
 def test_imagenet_recipe_follows_the_protocol(in1k):
