@@ -11,22 +11,25 @@ Modes, inference in float32 if not said otherwise:
   reparam              timm.utils.reparameterize_model, in channels_last
   compiled             torch.compile of that, for a fixed shape; compiled_freezing: with inductor's freezing of weights
   onnxruntime          ONNX of the re-parameterized model, fixed shape, opset 18 (CPU), with a profile by operator
-  openvino             the same ONNX (CPU)
+  openvino, mnn        the same ONNX (CPU)
+  executorch, litert   torch.export of the re-parameterized model, both with XNNPACK (CPU)
+  ncnn                 its trace by pnnx (CPU); no batches, images come one after another
   eager_amp, channels_last_amp, reparam_amp: under float16 autocast (CUDA)
   train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 
-The exit status is 1 if a network failed in a mode; the others are reported all the same. Run it on a machine that does
-nothing else: the default takes one to two hours on 2 cores. Figures on a CPU depend on the memory allocator: glibc
-returns freed memory to the system, and the page faults to get it back cost up to 20 %. These settings keep it:
+A runtime that is not installed is skipped by name. The exit status is 1 if a network failed in a mode, or has other
+logits than in PyTorch; the others are reported all the same. Run it on a machine that does nothing else: the default
+takes one to two hours on 2 cores. What only runs if it is named takes up to a minute more for each network.
+
+Figures on a CPU depend on the memory allocator: glibc returns freed memory to the system, and the page faults to get it
+back cost up to 20 %. These settings keep it:
 MALLOC_TOP_PAD_=1000000000 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 """
 import argparse
-import collections
 import copy
 import functools
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -47,6 +50,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # read as torch is imported: it
 import timm
 import timm.utils
 import torch
+from runtimes import RUNTIMES, check_logits, profile_onnxruntime
 from scores import SCORES
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -76,7 +80,6 @@ MATMUL_SIZE = {'cpu': 2048, 'cuda': 8192}
 GROWTH_MODELS = ('hbonet_100', 'mobilenetv2_100', 'mobilenetv3_large_100')
 GROWTH_SHAPES = (  # batch size, image size
     *((n, IMAGE_SIZE) for n in (1, 2, 4, 8, 16, 32, 64, 128)), *((1, n) for n in (96, 128, 160, 320, 448, 640)))
-PROFILED_CALLS = 5
 QUICK = dict(
     models=['hbonet_100', 'mobilenetv2_100'], modes=['eager', 'channels_last', 'reparam', 'onnxruntime'],
     batch_sizes=[1, 4], rounds=5, growth=False)
@@ -123,63 +126,7 @@ def multiply(network: None, images: torch.Tensor, threads: int, dtype: torch.dty
     return lambda: torch.mm(a, b)
 
 
-@functools.lru_cache(maxsize=None)
-def export_onnx(network: nn.Module, shape: torch.Size) -> Any:
-    """ONNX model of a network, re-parameterized, as a protobuf."""
-    network, images = prepare(network, torch.randn(shape), channels_last=False, reparameterize=True)
-    return torch.onnx.export(network, (images,), dynamo=True, opset_version=18, verbose=False).model_proto
-
-
-def open_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int, profile: Optional[Path] = None) -> Tuple:
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # spinning disturbs who comes next
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    model = export_onnx(network, images.shape).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
-    return session, {session.get_inputs()[0].name: images.numpy()}
-
-
-def run_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], Any]:
-    session, feed = open_onnxruntime(network, images, threads)
-    return lambda: session.run(None, feed)
-
-
-def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Dict[str, List[float]]:
-    """Nodes in the ONNX model, nodes in ONNX Runtime's graph, and their milliseconds in a call, by type of node."""
-    with tempfile.TemporaryDirectory() as folder:
-        session, feed = open_onnxruntime(network, images, threads, Path(folder, 'profile'))
-        for _ in range(PROFILED_CALLS + 1):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
-    calls = [event for event in events if event['cat'] == 'Node' and event['name'].endswith('_kernel_time')]
-    per_call = len(calls) // (PROFILED_CALLS + 1)
-    types = collections.defaultdict(lambda: [0, 0, 0.])
-    for node in export_onnx(network, images.shape).graph.node:
-        types[node.op_type][0] += 1
-    for i, event in enumerate(calls[per_call:]):  # without the first call
-        types[event['args']['op_name']][1] += i < per_call
-        types[event['args']['op_name']][2] += event['dur'] / PROFILED_CALLS / 1e3
-    return types
-
-
-def run_openvino(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], Any]:
-    import openvino
-    core, array = openvino.Core(), images.numpy()
-    model = core.read_model(io.BytesIO(export_onnx(network, images.shape).SerializeToString()))
-    request = core.compile_model(model, 'CPU', {
-        'INFERENCE_NUM_THREADS': threads,
-        'NUM_STREAMS': 1,
-        'PERFORMANCE_HINT': 'LATENCY',
-        'INFERENCE_PRECISION_HINT': 'f32',
-        'ENABLE_CPU_PINNING': False,  # pinned threads disturb those of the others
-    }).create_infer_request()
-    return lambda: request.infer([array])
-
-
-# a mode is a function of network, images and number of threads, that returns the call to time
+# a mode is a runtime, or a function of network, images and number of threads that returns the call to time
 PYTORCH = {
     'eager': functools.partial(infer, channels_last=False),
     'channels_last': infer,
@@ -189,9 +136,8 @@ PYTORCH = {
 }
 AMP = {f'{name}_amp': functools.partial(PYTORCH[name], autocast=True) for name in ('eager', 'channels_last', 'reparam')}
 TRAINING = {'train': train, 'train_channels_last': functools.partial(train, channels_last=True)}
-RUNTIMES = {'onnxruntime': run_onnxruntime, 'openvino': run_openvino}
-PACKAGES = {name: ('onnx', 'onnxscript', name) for name in RUNTIMES}
 MODES = {'cpu': {**PYTORCH, **RUNTIMES, **TRAINING}, 'cuda': {**PYTORCH, **AMP, **TRAINING}}
+ON_REQUEST = ('compiled_freezing', 'executorch', 'litert', 'ncnn', 'mnn')  # slow to compile or to export
 MATMUL = {name: functools.partial(multiply, dtype=getattr(torch, name)) for name in ('float32', 'float16')}
 
 
@@ -229,6 +175,7 @@ class Candidate:
     image_size: int = IMAGE_SIZE
     seconds: List[float] = field(default_factory=list)
     peak_memory: float = math.nan
+    file_bytes: float = math.nan
     profile: Optional[Dict[str, List[float]]] = None
     error: Optional[str] = None
 
@@ -242,9 +189,12 @@ class Candidate:
 
     def build(self, device: str, threads: int) -> None:
         self.images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
+        if self.mode in RUNTIMES:
+            self.call, self.file_bytes = RUNTIMES[self.mode].build(self.network, self.images, threads)
+            return
         self.call = {**MODES[device], **MATMUL}[self.mode](self.network, self.images, threads)
         self.call()
-        if self.network and self.mode not in RUNTIMES:
+        if self.network:
             self.peak_memory = measure_peak_memory(self.call, device)
 
     def time(self) -> None:
@@ -266,7 +216,7 @@ class Candidate:
         return dict(
             part=part, model=self.model, mode=self.mode, batch_size=self.batch_size, image_size=self.image_size,
             **dict(zip(TIMES, times.tolist(), strict=True)), gflops_per_second=flops / times[0] / 1e6,
-            peak_memory_bytes=self.peak_memory, error=self.error)
+            peak_memory_bytes=self.peak_memory, file_bytes=self.file_bytes, error=self.error)
 
 
 def run(part: str, candidates: List[Candidate], args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -312,23 +262,23 @@ def create_reference(path: Path, name: str, network: nn.Module) -> nn.Module:
     network.load_state_dict(checkpoint_filter_fn(reference.state_dict(), network))
     images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        expected, logits = reference(images), network(images)
-    error = ((logits - expected).abs().max() / expected.abs().max()).item()
-    if not error <= 1e-4:
-        raise ValueError(f'With the same weights the two differ by {error:.1e} relative, at most 1e-04 is allowed')
+        check_logits(network(images), reference(images), 1e-4)
     return reference
 
 
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     capabilities = dict(getattr(torch.cpu, 'get_capabilities', dict)())  # not in older versions of torch
-    packages = ('torch', 'timm', 'timm-hbonet', 'onnx', 'onnxscript', *RUNTIMES)
+    needed = (package.lower() for runtime in RUNTIMES.values() for package in runtime.packages)
+    packages = {'torch', 'timm', 'timm_hbonet', *needed}
     return dict(
         gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,
         cpu=capabilities.get('cpu_name') or platform.processor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         flags=sorted(name for name, value in capabilities.items() if value is True),
         cores=os.cpu_count(), threads=args.threads, os=platform.platform(), python=platform.python_version(),
-        versions={d.name: d.version for d in importlib.metadata.distributions() if d.name in packages},
+        versions={
+            d.name: d.version for d in importlib.metadata.distributions()
+            if (d.name or '').lower().replace('-', '_') in packages},
         environment={k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'GLIBC_', 'LD_PRELOAD', 'OMP_'))})
 
 
@@ -359,7 +309,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument('output', type=Path, metavar='OUTPUT_FOLDER', help='folder for the results')
     parser.add_argument('--models', nargs='+', metavar='NAME', default=MODELS, help='names or wildcards')
-    parser.add_argument('--modes', nargs='+', metavar='MODE', help='all but compiled_freezing, if none is given')
+    parser.add_argument('--modes', nargs='+', metavar='MODE', help=f'all but {", ".join(ON_REQUEST)}, if none is given')
     parser.add_argument('--batch-sizes', nargs='+', type=int, metavar='N', default=[1, 16], help='for inference')
     parser.add_argument('--train-batch-size', type=int, default=32, metavar='N', help='for training')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='CPU threads')
@@ -382,15 +332,16 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {np.min(getattr(args, name))}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a CUDA device and a torch that is built for it, torch finds none')
-    args.modes = list(dict.fromkeys(args.modes or (mode for mode in MODES[args.device] if mode != 'compiled_freezing')))
+    args.modes = list(dict.fromkeys(args.modes or (mode for mode in MODES[args.device] if mode not in ON_REQUEST)))
     args.skipped = []
     for mode in tuple(args.modes):
         if mode not in MODES[args.device]:
             parser.error(f'--modes {mode} is not a mode on {args.device}, which has {", ".join(MODES[args.device])}')
-        missing = [package for package in PACKAGES.get(mode, ()) if importlib.util.find_spec(package) is None]
+        packages = RUNTIMES[mode].packages if mode in RUNTIMES else ()
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             args.modes.remove(mode)
-            args.skipped.append(f"{mode}: needs {', '.join(missing)}. Run: pip install -e '.[clients]'")
+            args.skipped.append(f"{mode}: needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
             print(f'benchmark.py: skipping {args.skipped[-1]}', file=sys.stderr)
     if not args.modes:
         parser.error('no mode is left')

@@ -106,6 +106,9 @@ def format_report(report: Dict[str, Any]) -> str:
             text += [
                 '### Peak memory in MiB', "Most bytes of tensors at once, besides weights and images. Only PyTorch's "
                 'allocator can tell.', to_markdown(pivot(found.dropna(subset='memory'), 'memory'), '.1f')]
+        if 'file_bytes' in found and found['file_bytes'].notna().any():  # earlier versions did not count them
+            sizes = found.assign(size=found['file_bytes'].astype(float) / 1e6).dropna(subset='size')
+            text += ['### File size in MB', 'Of what a runtime loads.', to_markdown(pivot(sizes, 'size'), '.2f')]
         if report['profiles'].get(part):
             text += [
                 "### ONNX Runtime's profile", 'Milliseconds of a call. By type: nodes in the ONNX model / in the graph '

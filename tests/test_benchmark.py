@@ -183,25 +183,105 @@ def test_peak_memory_of_toys(benchmark, function, floats):
     assert benchmark.measure_peak_memory(lambda: function(x), 'cpu') == 4 * floats
 
 
-def test_runtimes_and_the_profile_of_onnx_runtime(benchmark, run, monkeypatch, tmp_path):
-    """Both compute what PyTorch does, and the profile counts the nodes that there are."""
-    network = benchmark.create_network(lambda: timm.create_model('hbonet_010'))
-    monkeypatch.setattr(benchmark, 'create_network', lambda create: network)  # to be exported once
-    assert run(tmp_path, '--models', 'hbonet_010', '--modes', 'onnxruntime', *SMALL[4:]) == 0
-    profile = json.loads((tmp_path / 'benchmark.json').read_text())['profiles']['batch size 1']['hbonet_010']
-    images = torch.randn(1, 3, 224, 224)
+@pytest.fixture(scope='module')
+def runtimes(benchmark):
+    return sys.modules['runtimes']
+
+
+@pytest.fixture(scope='module')
+def network(benchmark):
+    return benchmark.create_network(lambda: timm.create_model('hbonet_010'))
+
+
+@pytest.mark.parametrize('name', ['onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
+def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(benchmark, network, capfd, name):
+    runtime = benchmark.RUNTIMES[name]
+    missing = [package for package in runtime.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f'{name} needs {", ".join(missing)}')
+    images = torch.randn(2, 3, 64, 96)
+    call, file_bytes = runtime.build(network, images, 1)
+    printed = capfd.readouterr()
+    assert not printed.out and not printed.err
     with torch.no_grad():
         expected = network(images)
-    for build in benchmark.RUNTIMES.values():
-        logits = torch.as_tensor(build(network, images, 1)()[0])
+    for _ in range(2):
+        logits = torch.as_tensor(call())
+        assert logits.shape == expected.shape
         assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    weights = sum(4 * p.numel() for p in timm.utils.reparameterize_model(network).parameters())
+    assert weights <= file_bytes <= 1.05 * weights
+    if name == 'executorch':
+        from executorch.extension.pybindings import portable_lib
+        assert portable_lib._threadpool_get_thread_count() == 1
+
+
+def test_the_profile_of_onnx_runtime_counts_the_nodes(benchmark, run, network, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'create_network', lambda create: network)
+    assert run(tmp_path, '--models', 'hbonet_010', '--modes', 'onnxruntime', *SMALL[4:]) == 0
+    profile = json.loads((tmp_path / 'benchmark.json').read_text())['profiles']['batch size 1']['hbonet_010']
     convs = sum(isinstance(m, nn.Conv2d) for m in timm.utils.reparameterize_model(network).modules())
     assert profile['Conv'][0] == convs and profile['Gemm'][:2] == [1, 1]
     assert sum(optimized for name, (_, optimized, _) in profile.items() if 'Conv' in name) == convs
     assert profile['Clip'][0] > 0 and all(ms > 0 for _, optimized, ms in profile.values() if optimized)
-    options = benchmark.open_onnxruntime(network, images, 1)[0].get_session_options()
+
+
+def test_onnx_runtime_has_its_threads_and_does_not_spin(runtimes, network):
+    files = runtimes.export_onnx(network, torch.randn(1, 3, 224, 224))
+    options = runtimes.open_onnxruntime(files, 1).get_session_options()
     assert options.get_session_config_entry('session.intra_op.allow_spinning') == '0'
     assert options.intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda logits: logits, None),
+    (lambda logits: 1.01 * logits, 'Logits differ by 1.0e-02 relative, at most 1e-03 is allowed'),
+    (lambda logits: logits * torch.nan, 'Logits differ by nan relative, at most 1e-03 is allowed'),
+    (lambda logits: logits[:, 1:], 'Logits of shape (1, 999), expected (1, 1000)'),
+])
+def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
+        benchmark, runtimes, run, network, monkeypatch, tmp_path, change, message):
+    def load(files, images, threads):
+        assert files == [b'12', b'345'] and threads == 1
+        with torch.no_grad():
+            logits = network(images)
+        return lambda: change(logits)
+
+    runtime = runtimes.Runtime(('torch',), lambda network, images: [b'12', b'345'], load)
+    monkeypatch.setattr(benchmark, 'create_network', lambda create: network)
+    monkeypatch.setitem(benchmark.RUNTIMES, 'ncnn', runtime)
+    options = ['--models', 'hbonet_010', '--modes', 'ncnn', '--threads', 1]
+    assert run(tmp_path, *options, *SMALL[4:]) == (1 if message else 0)
+    row = read_rows(tmp_path).set_index('mode').loc['ncnn']
+    if message:
+        assert row['error'] == f'ValueError: {message}' and pd.isna(row['median_ms'])
+    else:
+        assert row['file_bytes'] == 5 and row['median_ms'] > 0
+
+
+def test_what_a_library_prints_is_shown_only_if_it_fails(runtimes, capfd):
+    def chatter():
+        subprocess.run([sys.executable, '-c', 'import os; os.write(1, b"note"); os.write(2, b"warning")'], check=True)
+
+    with runtimes.silence():
+        chatter()
+    print('after')
+    assert capfd.readouterr() == ('after\n', '')
+    with pytest.raises(ValueError, match='no luck'), runtimes.silence():
+        chatter()
+        raise ValueError('no luck')
+    print('after')
+    assert capfd.readouterr() == ('after\n', 'notewarning')
+
+
+def test_slow_modes_are_only_timed_if_asked_for(benchmark, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'output'])
+    assert benchmark.parse_args(benchmark.argparse.ArgumentParser()).modes == [
+        'eager', 'channels_last', 'reparam', 'compiled', 'onnxruntime', 'openvino', 'train', 'train_channels_last']
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'output', '--modes', *benchmark.RUNTIMES])
+    assert benchmark.parse_args(benchmark.argparse.ArgumentParser()).modes == [
+        'onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn']
 
 
 def test_growth_is_timed_by_batch_and_image_size(benchmark, run, monkeypatch, tmp_path):
@@ -227,16 +307,17 @@ def test_a_failure_does_not_cost_the_other_results(run, monkeypatch, tmp_path):
         tmp_path / 'benchmark.md').read_text()
 
 
-def test_a_runtime_that_is_not_installed_is_skipped_by_name(run, monkeypatch, tmp_path, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find_spec(name))
-    assert run(tmp_path / 'output', *SMALL, '--modes', 'openvino') == 2
+@pytest.mark.parametrize('mode, package', [('openvino', 'openvino'), ('litert', 'ai_edge_litert'), ('mnn', 'MNN')])
+def test_a_runtime_that_is_not_installed_is_skipped_by_name(run, monkeypatch, tmp_path, capsys, mode, package):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else object())
+    assert run(tmp_path / 'output', *SMALL, '--modes', mode) == 2
     assert not (tmp_path / 'output').exists()
     capsys.readouterr()
-    assert run(tmp_path / 'output', *SMALL, '--modes', 'openvino', 'eager') == 0
-    assert 'openvino: needs openvino' in capsys.readouterr().err
+    assert run(tmp_path / 'output', *SMALL, '--modes', mode, 'eager') == 0
+    message = f'{mode}: needs {package}. Run: pip install {package}'
+    assert message in capsys.readouterr().err
     assert set(read_rows(tmp_path / 'output')['mode']) == {'float32', 'eager'}
-    assert 'openvino: needs openvino' in (tmp_path / 'output' / 'benchmark.md').read_text()
+    assert message in (tmp_path / 'output' / 'benchmark.md').read_text()
 
 
 def test_an_interrupted_run_leaves_nothing(monkeypatch, tmp_path):
@@ -337,6 +418,8 @@ def test_the_report_of_given_numbers(tmp_path):
             ['hbonet_100', '10.0%'],  # and 500 beside training
             ['hbonet_100', '3.0'],
             ['hbonet_100', '200.0'],
+            ['hbonet_100', '20.15'],
+            ['mobilenetv2_100', '14.02'],
             # all, outside convolutions, by type
             ['hbonet_100', '4.75', '0.75', '76 / 70 / 3.50', '4 / 4 / 0.25', '0 / 6 / 0.50', '0 / 9 / 0.50'],
             ['mobilenetv2_100', '3.00', '0.00', '52 / 52 / 3.00', '', '', ''],
@@ -348,6 +431,18 @@ def test_the_report_of_given_numbers(tmp_path):
     for name in ('accuracy_latency.png', 'growth.png'):
         with Image.open(tmp_path / name) as image:
             assert image.format == 'PNG'
+
+
+def test_the_report_of_an_earlier_version(benchmark, tmp_path):
+    """Without the sizes of files, which it did not have."""
+    format_report = benchmark.write_report.__globals__['format_report']
+    report = json.loads((reference.DATA / 'benchmark.json').read_text())
+    text = format_report(report)
+    place = report['results']['columns'].index('file_bytes')
+    for values in (report['results']['columns'], *report['results']['data']):
+        del values[place]
+    before, after = text.split('### File size in MB')
+    assert format_report(report) == before + after[after.index('###'):]
 
 
 def test_the_pictures_show_the_figures(benchmark, monkeypatch):

@@ -1,0 +1,256 @@
+"""Runtimes that take an exported network: how it is exported for each, and how each runs it. All in float32.
+
+Batches and image sizes are fixed. What a runtime computes, it gets from memory, and hands back as an array.
+"""
+import collections
+import functools
+import io
+import json
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import timm.utils
+import torch
+from torch import nn
+
+Files = List[bytes]
+Call = Callable[[], Any]
+PROFILED_CALLS = 5
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hold back what is printed, by libraries in C++ too, and show it on stderr if an exception is raised."""
+    sys.stdout.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    with tempfile.TemporaryFile() as log:
+        try:
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
+            yield
+        except Exception:
+            log.seek(0)
+            os.write(saved[1], log.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
+def check_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Check that logits are the expected ones but for rounding.
+
+    Args:
+        tolerance: Largest difference that is allowed, as a share of the largest expected logit.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if logits.shape != expected.shape:
+        raise ValueError(f'Logits of shape {tuple(logits.shape)}, expected {tuple(expected.shape)}')
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if not error <= tolerance:
+        raise ValueError(f'Logits differ by {error:.1e} relative, at most {tolerance:.0e} is allowed')
+
+
+@functools.lru_cache(maxsize=None)
+def export_onnx_model(network: nn.Module, shape: torch.Size) -> Any:
+    """ONNX model of a network, re-parameterized, as a protobuf."""
+    network = timm.utils.reparameterize_model(network)
+    return torch.onnx.export(
+        network, (torch.randn(shape),), input_names=['images'], output_names=['logits'], dynamo=True,
+        opset_version=18, verbose=False).model_proto
+
+
+def export_onnx(network: nn.Module, images: torch.Tensor) -> Files:
+    return [export_onnx_model(network, images.shape).SerializeToString()]
+
+
+def open_onnxruntime(files: Files, threads: int, profile: Optional[Path] = None) -> Any:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # spinning disturbs who comes next
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(files[0], options, providers=['CPUExecutionProvider'])
+
+
+def load_onnxruntime(files: Files, images: torch.Tensor, threads: int) -> Call:
+    session, feed = open_onnxruntime(files, threads), {'images': images.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Dict[str, List[float]]:
+    """Nodes in the ONNX model, nodes in ONNX Runtime's graph, and their milliseconds in a call, by type of node."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_onnxruntime(export_onnx(network, images), threads, Path(folder, 'profile'))
+        for _ in range(PROFILED_CALLS + 1):
+            session.run(None, {'images': images.numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
+    calls = [event for event in events if event['cat'] == 'Node' and event['name'].endswith('_kernel_time')]
+    per_call = len(calls) // (PROFILED_CALLS + 1)
+    types = collections.defaultdict(lambda: [0, 0, 0.])
+    for node in export_onnx_model(network, images.shape).graph.node:
+        types[node.op_type][0] += 1
+    for i, event in enumerate(calls[per_call:]):  # without the first call
+        types[event['args']['op_name']][1] += i < per_call
+        types[event['args']['op_name']][2] += event['dur'] / PROFILED_CALLS / 1e3
+    return types
+
+
+def load_openvino(files: Files, images: torch.Tensor, threads: int) -> Call:
+    import openvino
+    core, array = openvino.Core(), images.numpy()
+    request = core.compile_model(core.read_model(io.BytesIO(files[0])), 'CPU', {
+        'INFERENCE_NUM_THREADS': threads,
+        'NUM_STREAMS': 1,
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_PRECISION_HINT': 'f32',
+        'ENABLE_CPU_PINNING': False,  # pinned threads disturb those of the others
+    }).create_infer_request()
+    return lambda: request.infer([array])[0]
+
+
+def export_executorch(network: nn.Module, images: torch.Tensor) -> Files:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    program = torch.export.export(timm.utils.reparameterize_model(network), (images,))
+    return [to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer]
+
+
+def load_executorch(files: Files, images: torch.Tensor, threads: int) -> Call:
+    """Load a program of ExecuTorch. All that a process has at a time must be for the same number of threads."""
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+    # the pool has a thread for each core, and there is no other way to it; programs that are loaded keep the old one
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
+    program = Runtime.get().load_program(files[0])
+    return lambda: program.load_method('forward').execute([images])[0]  # a method does not keep its program
+
+
+def export_litert(network: nn.Module, images: torch.Tensor) -> Files:
+    import litert_torch
+    return [litert_torch.convert(timm.utils.reparameterize_model(network), (images,)).model_content()]
+
+
+def load_litert(files: Files, images: torch.Tensor, threads: int) -> Call:
+    from ai_edge_litert.interpreter import Interpreter
+    interpreter = Interpreter(model_content=files[0], num_threads=threads)
+    interpreter.allocate_tensors()
+    array = images.numpy()
+    place, = (details['index'] for details in interpreter.get_input_details())
+    result, = (details['index'] for details in interpreter.get_output_details())
+
+    def call() -> Any:
+        interpreter.set_tensor(place, array)
+        interpreter.invoke()
+        return interpreter.get_tensor(result)
+
+    return call
+
+
+def export_ncnn(network: nn.Module, images: torch.Tensor) -> Files:
+    import pnnx
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        names = {
+            'ptpath': 'traced.pt', 'pnnxparam': 'pnnx.param', 'pnnxbin': 'pnnx.bin', 'pnnxpy': 'model_pnnx.py',
+            'pnnxonnx': 'pnnx.onnx', 'ncnnpy': 'model_ncnn.py', 'ncnnparam': 'ncnn.param', 'ncnnbin': 'ncnn.bin'}
+        pnnx.export(
+            timm.utils.reparameterize_model(network), inputs=images[:1], fp16=False,
+            **{key: str(Path(folder, name)) for key, name in names.items()})
+        return [Path(folder, name).read_bytes() for name in ('ncnn.param', 'ncnn.bin')]
+
+
+def load_ncnn(files: Files, images: torch.Tensor, threads: int) -> Call:
+    """Load a model of ncnn. It has no batches: images come one after another."""
+    import ncnn
+    model = ncnn.Net()
+    model.opt.num_threads = threads
+    for name in ('fp16_packed', 'fp16_storage', 'fp16_arithmetic', 'bf16_storage'):
+        setattr(model.opt, f'use_{name}', False)
+    with tempfile.TemporaryDirectory() as folder:
+        for load, content in zip((model.load_param, model.load_model), files, strict=True):
+            path = Path(folder, load.__name__)
+            path.write_bytes(content)
+            if load(str(path)):
+                raise ValueError(f'ncnn cannot {load.__name__.replace("_", " ")}')
+    arrays = list(images.numpy())
+
+    def call() -> Any:
+        logits = []
+        for array in arrays:
+            extractor = model.create_extractor()
+            extractor.input('in0', ncnn.Mat(array))
+            logits.append(np.array(extractor.extract('out0')[1]))
+        return np.stack(logits)
+
+    return call
+
+
+def export_mnn(network: nn.Module, images: torch.Tensor) -> Files:
+    # the command mnnconvert would install packages
+    import _tools
+    with tempfile.TemporaryDirectory() as folder:
+        onnx, path = Path(folder, 'model.onnx'), Path(folder, 'model.mnn')
+        onnx.write_bytes(export_onnx(network, images)[0])
+        _tools.mnnconvert([
+            'mnnconvert', '-f', 'ONNX', '--modelFile', str(onnx), '--MNNModel', str(path), '--bizCode', 'timm_hbonet'])
+        return [path.read_bytes()]
+
+
+def load_mnn(files: Files, images: torch.Tensor, threads: int) -> Call:
+    from MNN import expr
+    from MNN import nn as mnn
+    manager = mnn.create_runtime_manager(({'backend': 0, 'numThread': threads, 'precision': 'high'},))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.mnn')
+        path.write_bytes(files[0])
+        model = mnn.load_module_from_file(str(path), ['images'], ['logits'], runtime_manager=manager)
+    array = images.numpy()
+    return lambda: model.forward([expr.const(array, list(array.shape), expr.NCHW)])[0].read()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime: packages that it needs, how to export for it, and how to load that.
+
+    `export` takes a network and images, and returns the files that the runtime loads; `load` takes the files, images
+    and the number of threads, and returns a call that gives the logits.
+    """
+    packages: Tuple[str, ...]
+    export: Callable[[nn.Module, torch.Tensor], Files]
+    load: Callable[[Files, torch.Tensor, int], Call]
+
+    def build(self, network: nn.Module, images: torch.Tensor, threads: int) -> Tuple[Call, int]:
+        """Export and load a network. Returns its call, and the bytes of its files.
+
+        Raises:
+            ValueError: If the logits are not those of the network in PyTorch.
+        """
+        with silence():
+            files = self.export(network, images)
+            call = self.load(files, images, threads)
+            logits = torch.as_tensor(call())
+        with torch.no_grad():
+            check_logits(logits, network(images), 1e-3)
+        return call, sum(map(len, files))
+
+
+RUNTIMES = {
+    'onnxruntime': Runtime(('onnx', 'onnxscript', 'onnxruntime'), export_onnx, load_onnxruntime),
+    'openvino': Runtime(('onnx', 'onnxscript', 'openvino'), export_onnx, load_openvino),
+    'executorch': Runtime(('executorch',), export_executorch, load_executorch),
+    'litert': Runtime(('litert_torch', 'ai_edge_litert'), export_litert, load_litert),
+    'ncnn': Runtime(('pnnx', 'ncnn'), export_ncnn, load_ncnn),
+    'mnn': Runtime(('onnx', 'onnxscript', 'MNN'), export_mnn, load_mnn),
+}
