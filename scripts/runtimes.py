@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -29,17 +29,19 @@ def silence() -> Iterator[None]:
     """Hold back what is printed, by libraries in C++ too, and show it on stderr if an exception is raised."""
     sys.stdout.flush()
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    # never closed, as loggers that are made now may keep them
+    out, err = (open(descriptor, 'w', buffering=1, closefd=False) for descriptor in (1, 2))
     with tempfile.TemporaryFile() as log:
         try:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
-            yield
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
         except Exception:
             log.seek(0)
             os.write(saved[1], log.read())
             raise
         finally:
-            sys.stdout.flush()
             for descriptor, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, descriptor)
                 os.close(original)
