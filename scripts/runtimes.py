@@ -219,7 +219,12 @@ def load_mnn(files: Files, images: torch.Tensor, threads: int) -> Call:
         path.write_bytes(files[0])
         model = mnn.load_module_from_file(str(path), ['images'], ['logits'], runtime_manager=manager)
     array = images.numpy()
-    return lambda: model.forward([expr.const(array, list(array.shape), expr.NCHW)])[0].read()
+
+    def call() -> Any:
+        logits = model.forward([expr.const(array, list(array.shape), expr.NCHW)])[0]
+        return logits.read().copy()  # MNN's own memory, which it uses again once its holder is gone
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every architecture computes the same in the runtimes of docs/mobile.md, by the commands that stand there."""
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -10,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pages
 import pytest
 import torch
@@ -41,6 +41,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope='module')
+def runtimes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
+        return importlib.import_module('runtimes').RUNTIMES
+
+
 def to_executorch(model, image):
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -61,39 +68,6 @@ def to_litert(model, image):
     interpreter = Interpreter('model.tflite', num_threads=1)
     logits = interpreter.get_signature_runner()(args_0=image.numpy())['output_0']
     return logits, sum(op['op_name'] == 'DELEGATE' for op in interpreter._get_ops_details()), []
-
-
-def to_ncnn(model, image):
-    import ncnn
-    import pnnx
-    pnnx.export(model, 'model.pt', (image,), fp16=False)
-    net = ncnn.Net()
-    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    assert net.load_param('model.ncnn.param') == net.load_model('model.ncnn.bin') == 0
-    extractor = net.create_extractor()
-    extractor.input('in0', ncnn.Mat(image[0].numpy()))
-    return np.array(extractor.extract('out0')[1])[None]
-
-
-def to_mnn(path, image):
-    import _tools
-    import MNN.expr
-    import MNN.nn
-    _tools.mnnconvert(f'mnnconvert -f ONNX --modelFile {path} --MNNModel model.mnn'.split())
-    manager = MNN.nn.create_runtime_manager(({'backend': 'CPU', 'numThread': 1, 'precision': 'high'},))
-    net = MNN.nn.load_module_from_file('model.mnn', ['input'], ['output'], runtime_manager=manager)
-    output = net.forward([MNN.expr.const(image.numpy(), image.shape, MNN.expr.NCHW)])[0]
-    return output.read().copy()
-
-
-def to_openvino(path, image):
-    import openvino
-    return openvino.compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(image.numpy())[0]
-
-
-def to_onnxruntime(path, image):
-    import onnxruntime
-    return onnxruntime.InferenceSession(path).run(None, {'input': image.numpy()})[0]
 
 
 # every architecture, and among them every size
@@ -136,27 +110,12 @@ def test_executorch_in_channels_last(name):
 
 
 @pytest.mark.parametrize('name, size', CASES)
-def test_ncnn(name, size):
-    need(*MODULES['ncnn'])
-    _, graph, image, expected = create(name, size)
-    assert_equal_to(to_ncnn(graph, image), expected, 1e-4)
-
-
-@pytest.mark.parametrize('name, size', CASES)
-def test_runtimes_of_onnx(name, size):
-    need('onnxscript')
-    _, graph, image, expected = create(name, size)
-    torch.onnx.export(
-        graph, (image,), 'model.onnx', input_names=['input'], output_names=['output'], dynamo=True, opset_version=18,
-        verbose=False)
-    missing = []
-    for runtime, run in (('MNN', to_mnn), ('OpenVINO', to_openvino), ('ONNX Runtime', to_onnxruntime)):
-        if all(map(importlib.util.find_spec, MODULES[runtime])):
-            assert_equal_to(run('model.onnx', image), expected, 1e-4)
-        else:
-            missing.append(runtime)
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed, the others passed. Run: pip install -e '.[mobile]'")
+@pytest.mark.parametrize('runtime', ['ncnn', 'mnn', 'openvino', 'onnxruntime'])
+def test_other_runtimes(runtimes, runtime, name, size):
+    need(*runtimes[runtime].packages)
+    model, _, image, expected = create(name, size)
+    files = runtimes[runtime].export(model, image)
+    assert_equal_to(runtimes[runtime].load(files, image, 1)(), expected, 1e-4)
 
 
 @pytest.mark.parametrize('name, size', CASES)
