@@ -69,7 +69,7 @@ def make_table(rows: pd.DataFrame) -> str:
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw the mean over the seeds as a line, and the range of the seeds as a band."""
     figure = Figure(figsize=(10, 4.2), dpi=130, layout='constrained')
-    models = rows['model'].unique()
+    models = sorted(rows['model'].unique())
     families = sorted({model.rpartition('_')[0] for model in models})
     titles = {'eval_top1': 'Top-1 on the test images, %', 'train_loss': 'Training loss'}
     for axes, (column, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
