@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import create_network, images
 from pages import assert_equal_to
 from reference import ARCHITECTURES, release_state_dict
@@ -170,6 +172,23 @@ def test_page_without_timmx(server, network):
     method = Runtime.get().load_program('hbonet_100.pte').load_method('forward')
     assert_equal_to(method.execute([image])[0], network(image), 1e-4)
     assert Path('hbonet_100.tflite').stat().st_size > 1e7 and Path('hbonet_100.ncnn.bin').stat().st_size > 1e7
+
+
+def test_int8(folder):
+    need('executorch', 'litert_torch', 'ai_edge_quantizer', 'nncf', 'openvino', 'MNN', 'onnxscript')
+    model = create_network('hbonet_035', torch.float32, num_classes=10, in_chans=1).requires_grad_(False)
+    torch.save({'state_dict': model.state_dict()}, 'last.pth.tar')
+    calibration_images = images(64, 1, 32, 32, dtype=torch.float32)
+    page = dict(calibration_images=calibration_images, image=calibration_images[:1])
+    section = re.search(r'^## int8\n(.*?)(?=^## )', PAGE, re.MULTILINE | re.DOTALL)[1]
+    for part in re.split('^### ', section, flags=re.MULTILINE):
+        code = '\n'.join(re.findall(r'^```python\n(.*?)^```', part, re.MULTILINE | re.DOTALL))
+        exec(compile(code, part[:20], 'exec'), page)
+        if 'logits' in page:  # random weights amplify errors
+            logits = torch.as_tensor(np.array(page.pop('logits')))
+            assert F.cosine_similarity(logits, model(page['image'])).item() > 0.9, part[:20]
+    sizes = [os.path.getsize(f'model_int8.{suffix}') for suffix in ('pte', 'tflite', 'mnn')]
+    assert max(sizes) < os.path.getsize('model.onnx') / 2
 
 
 def test_known_problems(folder):
