@@ -17,21 +17,20 @@ import argparse
 import functools
 import importlib.util
 import json
-import os
 import random
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import timm.data
 import torch
 import yaml
 from PIL import Image
+from runtimes import silence
 from script_utils import BadInput, create_model, number, requirements, run_script, write_file
 from timm.models import load_checkpoint
 from timm.utils import reparameterize_model
@@ -44,22 +43,6 @@ with requirements():
 
 # files that are loaded, and the function from one image, [1, C, H, W], to its logits
 Runtime = Tuple[List[Path], Callable[[np.ndarray], np.ndarray]]
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Close stdout and stderr to converters, whose C++ code writes there too."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    with open(os.devnull, 'w') as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        for i, number_of_kept in enumerate(kept, 1):
-            os.dup2(number_of_kept, i)
-            os.close(number_of_kept)
 
 
 @dataclass
@@ -249,7 +232,8 @@ def run_mnn(job: Job, int8: str = '') -> Runtime:
 
     def predict(image: np.ndarray) -> np.ndarray:
         image = MNN.expr.const(image, list(image.shape), MNN.expr.NCHW)
-        return np.array(module.forward([image])[0].read())
+        logits = module.forward([image])[0]
+        return logits.read().copy()  # MNN's own memory, which it uses again once its holder is gone
 
     return [path], predict
 
