@@ -160,8 +160,7 @@ def test_page(server, folder, network, runtime):
         return
     image = images(1, 3, 224, 224, dtype=torch.float32)
     page = pages.run_page('mobile.md', runtime, image=image)
-    tolerance = {'ncnn': 1e-2, 'OpenVINO': 1e-2}.get(runtime, 1e-4)  # half precision
-    assert_equal_to(torch.as_tensor(page['logits']).reshape(1, -1), network(image), tolerance)
+    assert_equal_to(torch.as_tensor(page['logits']).reshape(1, -1), network(image), 1e-4)
 
 
 def test_page_without_timmx(server, network):
