@@ -129,7 +129,9 @@ def test_core_ml_converts(name, size):
     with contextlib.redirect_stderr(io.StringIO()):
         converted = coremltools.convert(program, skip_model_load=True)
     types = [op.op_type for op in converted._mil_program.functions['main'].operations]
-    assert types.count('conv') == sum(isinstance(m, torch.nn.Conv2d) for m in graph.modules())
+    # Core ML merges a few
+    assert types.count('conv') > 0.9 * sum(isinstance(m, torch.nn.Conv2d) for m in graph.modules())
+    assert not [name for name in types if 'upsample' in name or 'resize' in name]
 
 
 def run_commands(heading, folder):
