@@ -151,9 +151,15 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 def check_interrupt() -> None:
-    """End the program if Python has lost a Ctrl-C, as it does where a loader's processes are being stopped."""
+    """End the program if Python has lost a Ctrl-C, as it does in destructors: a loader's, a progress bar's."""
     if interrupts:
         raise KeyboardInterrupt
+
+
+def hide_lost_interrupt(unraisable: Any) -> None:
+    """For sys.unraisablehook: `check_interrupt` tells of a Ctrl-C that was lost."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def run_script(
@@ -164,6 +170,7 @@ def run_script(
     args = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it
         signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = hide_lost_interrupt
     status = 1
     try:
         return main(args, parser)

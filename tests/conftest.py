@@ -76,10 +76,11 @@ def server(release_site: HubServer) -> HubServer:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Function that runs Python code in a process of its own, where its keyword arguments are in the environment."""
+    """Function that runs Python code in a process and caches of its own. Keyword arguments are in the environment."""
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-        env: Dict[str, str] = {**os.environ, **environment}
+        caches = {'HF_HOME': str(tmp_path / 'huggingface'), 'TORCH_HOME': str(tmp_path / 'torch')}
+        env: Dict[str, str] = {**os.environ, **caches, **environment}
         command = [sys.executable, '-c', code]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 

@@ -636,7 +636,7 @@ def test_proxy_carries_the_hub_and_the_release(server, run_python, tmp_path):
     assert f'models--timm--{NAME}' in result.stdout
     assert server.count(f'/timm/{NAME}/resolve/*', 'GET') == 1
     assert server.count('github.com:443', 'CONNECT') == 1
-    assert re.search('3. .*502', result.stderr)
+    assert re.search('3. .*502', result.stderr), result.stderr
 
 
 def test_hosts_that_do_not_resolve(server, run_python, tmp_path):
@@ -648,5 +648,5 @@ def test_hosts_that_do_not_resolve(server, run_python, tmp_path):
     find_weights('hbonet_025.in1k')'''
     result = run_python(code, **environment)
     assert result.stdout == f'{get_release_path(NAME, tmp_path / "hub/checkpoints")}\n', result.stderr
-    assert re.search(r'2. .*http://hub.invalid: Connect(Error|ionError|Timeout)', result.stderr)
-    assert re.search('3. .*URLError', result.stderr)
+    assert re.search(r'2. .*http://hub.invalid: Connect(Error|ionError)', result.stderr), result.stderr
+    assert re.search('3. .*URLError', result.stderr), result.stderr

@@ -260,6 +260,28 @@ def test_a_ctrl_c_that_python_lost_ends_the_run_too(
     assert status == 130 and error_line(message).startswith('train_market1501.py: interrupted.') and not stdout
 
 
+def test_a_ctrl_c_in_a_destructor_ends_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / 'script.py').write_text("""
+import argparse, signal
+import script_utils
+
+class Bar:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main(args, parser):
+    Bar()
+    print('lost')
+    script_utils.check_interrupt()
+
+script_utils.run_script(main, argparse.ArgumentParser())
+""")
+    result = subprocess.run(
+        [sys.executable, 'script.py'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(SCRIPTS)},
+        capture_output=True, text=True, preexec_fn=heed_ctrl_c)
+    assert (result.returncode, result.stdout, result.stderr) == (130, 'lost\n', 'script.py: interrupted.\n')
+
+
 def test_ctrl_c_ends_with_one_line_and_a_whole_checkpoint(small: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, SCRIPTS / 'train_market1501.py', small, '--output', tmp_path / 'run', *BRIEF,
@@ -270,7 +292,7 @@ def test_ctrl_c_ends_with_one_line_and_a_whole_checkpoint(small: Path, tmp_path:
         assert process.stdout.readline().startswith('Epoch 1 of ')
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
-    assert process.returncode == 130, stderr
+    assert process.returncode == 130 and 'Traceback' not in stderr, stderr
     assert error_line(stderr).startswith('train_market1501.py: interrupted.')
     assert len(torch.load(tmp_path / 'run/last.pth', weights_only=True)['history']) >= 1
     assert {p.name for p in (tmp_path / 'run').iterdir()} <= {'last.pth', 'summary.csv'}
