@@ -30,7 +30,6 @@ def pytest_configure() -> None:
             del os.environ[k]
     os.environ.update(
         HF_ENDPOINT=_SERVER.url,
-        HF_HOME=str(_HOME / 'huggingface'),
         HF_HUB_DISABLE_TELEMETRY='1',
         HF_HUB_DISABLE_XET='1',
         HF_HUB_DOWNLOAD_TIMEOUT='3',
@@ -39,7 +38,7 @@ def pytest_configure() -> None:
         OMP_NUM_THREADS='1',
         TEST_RELEASE_DIGESTS=str(_HOME / 'digests.json'),
         TEST_RELEASE_URL=_SERVER.url,
-        TORCH_HOME=str(_HOME / 'torch'),
+        **_caches(_HOME),
     )
     torch.set_num_threads(1)
 
@@ -49,6 +48,10 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+def _caches(folder: Path) -> Dict[str, str]:
+    return {'HF_HOME': str(folder / 'huggingface'), 'TORCH_HOME': str(folder / 'torch')}
+
+
 @lru_cache(maxsize=None)
 def _use_stand_ins() -> None:
     stand_ins.write_digests()
@@ -56,9 +59,12 @@ def _use_stand_ins() -> None:
 
 
 @pytest.fixture
-def release_site() -> HubServer:
-    """The server with all files of the release, and a Hub without repositories."""
+def release_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The server with all files of the release, a Hub without repositories, and empty caches."""
     _use_stand_ins()
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'huggingface/hub'))
+    for name, folder in _caches(tmp_path).items():
+        monkeypatch.setenv(name, folder)
     _SERVER.reset()
     for entry in reference.CHECKPOINTS:
         path = f'/d-li14/HBONet/raw/{reference.RELEASE["commit"]}/{entry["path"]}'
@@ -76,11 +82,10 @@ def server(release_site: HubServer) -> HubServer:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Function that runs Python code in a process and caches of its own. Keyword arguments are in the environment."""
+    """Function that runs Python code in a process of its own, where its keyword arguments are in the environment."""
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-        caches = {'HF_HOME': str(tmp_path / 'huggingface'), 'TORCH_HOME': str(tmp_path / 'torch')}
-        env: Dict[str, str] = {**os.environ, **caches, **environment}
+        env: Dict[str, str] = {**os.environ, **_caches(tmp_path), **environment}
         command = [sys.executable, '-c', code]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 

@@ -401,6 +401,7 @@ def test_compile_has_no_graph_break(spatial_expansion):
 
 
 def test_compiled_once_for_all_sizes():
+    import torch._dynamo.testing
     compiler = torch._dynamo.testing.CompileCounter()
     blocks = nn.Sequential(HarmoniousBottleneck(4, 4, rate=4), HarmoniousBottleneck(4, 8, stride=2)).eval()
     compiled = torch.compile(blocks, fullgraph=True, dynamic=True, backend=compiler)
