@@ -14,6 +14,8 @@ Modes, inference in float32 if not said otherwise:
   openvino, mnn        the same ONNX (CPU)
   executorch, litert   torch.export of the re-parameterized model, both with XNNPACK (CPU)
   ncnn                 its trace by pnnx (CPU); no batches, images come one after another
+  onnxruntime_int8, openvino_int8, executorch_int8, litert_int8, mnn_int8_weights, mnn_int8: in int8 (CPU), calibrated
+                       with the images that are timed; mnn_int8 at batch size 1 only
   eager_amp, channels_last_amp, reparam_amp: under float16 autocast (CUDA)
   train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 
@@ -50,7 +52,8 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # read as torch is imported: it
 import timm
 import timm.utils
 import torch
-from runtimes import RUNTIMES, check_logits, profile_onnxruntime
+from runtimes import check_logits, profile_onnxruntime
+from runtimes_int8 import ALL_RUNTIMES
 from scores import SCORES
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -136,8 +139,9 @@ PYTORCH = {
 }
 AMP = {f'{name}_amp': functools.partial(PYTORCH[name], autocast=True) for name in ('eager', 'channels_last', 'reparam')}
 TRAINING = {'train': train, 'train_channels_last': functools.partial(train, channels_last=True)}
-MODES = {'cpu': {**PYTORCH, **RUNTIMES, **TRAINING}, 'cuda': {**PYTORCH, **AMP, **TRAINING}}
-ON_REQUEST = ('compiled_freezing', 'executorch', 'litert', 'ncnn', 'mnn')  # slow to compile or to export
+MODES = {'cpu': {**PYTORCH, **ALL_RUNTIMES, **TRAINING}, 'cuda': {**PYTORCH, **AMP, **TRAINING}}
+# slow to compile or to export
+ON_REQUEST = ('compiled_freezing', *(name for name in ALL_RUNTIMES if name not in ('onnxruntime', 'openvino')))
 MATMUL = {name: functools.partial(multiply, dtype=getattr(torch, name)) for name in ('float32', 'float16')}
 
 
@@ -189,8 +193,8 @@ class Candidate:
 
     def build(self, device: str, threads: int) -> None:
         self.images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
-        if self.mode in RUNTIMES:
-            self.call, self.file_bytes = RUNTIMES[self.mode].build(self.network, self.images, threads)
+        if self.mode in ALL_RUNTIMES:
+            self.call, self.file_bytes = ALL_RUNTIMES[self.mode].build(self.network, self.images, threads)
             return
         self.call = {**MODES[device], **MATMUL}[self.mode](self.network, self.images, threads)
         self.call()
@@ -268,7 +272,7 @@ def create_reference(path: Path, name: str, network: nn.Module) -> nn.Module:
 
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     capabilities = dict(getattr(torch.cpu, 'get_capabilities', dict)())  # not in older versions of torch
-    needed = (package.lower() for runtime in RUNTIMES.values() for package in runtime.packages)
+    needed = (package.lower() for runtime in ALL_RUNTIMES.values() for package in runtime.packages)
     packages = {'torch', 'timm', 'timm_hbonet', *needed}
     return dict(
         gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,
@@ -337,7 +341,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for mode in tuple(args.modes):
         if mode not in MODES[args.device]:
             parser.error(f'--modes {mode} is not a mode on {args.device}, which has {", ".join(MODES[args.device])}')
-        packages = RUNTIMES[mode].packages if mode in RUNTIMES else ()
+        packages = ALL_RUNTIMES[mode].packages if mode in ALL_RUNTIMES else ()
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             args.modes.remove(mode)

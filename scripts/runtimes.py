@@ -1,4 +1,4 @@
-"""Runtimes that take an exported network: how it is exported for each, and how each runs it. All in float32.
+"""Runtimes that take an exported network: how it is exported for each in float32, and how each runs it.
 
 Batches and image sizes are fixed. What a runtime computes, it gets from memory, and hands back as an array.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 Files = List[bytes]
-Call = Callable[[], Any]
+Predict = Callable[[torch.Tensor], Any]  # logits of images
 PROFILED_CALLS = 5
 
 
@@ -86,9 +86,9 @@ def open_onnxruntime(files: Files, threads: int, profile: Optional[Path] = None)
     return onnxruntime.InferenceSession(files[0], options, providers=['CPUExecutionProvider'])
 
 
-def load_onnxruntime(files: Files, images: torch.Tensor, threads: int) -> Call:
-    session, feed = open_onnxruntime(files, threads), {'images': images.numpy()}
-    return lambda: session.run(None, feed)[0]
+def load_onnxruntime(files: Files, threads: int) -> Predict:
+    session = open_onnxruntime(files, threads)
+    return lambda images: session.run(None, {'images': images.numpy()})[0]
 
 
 def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) -> Dict[str, List[float]]:
@@ -109,17 +109,18 @@ def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) 
     return types
 
 
-def load_openvino(files: Files, images: torch.Tensor, threads: int) -> Call:
+def load_openvino(files: Files, threads: int) -> Predict:
+    """Load an ONNX model, or OpenVINO's own two files."""
     import openvino
-    core, array = openvino.Core(), images.numpy()
-    request = core.compile_model(core.read_model(io.BytesIO(files[0])), 'CPU', {
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(*map(io.BytesIO, files)), 'CPU', {
         'INFERENCE_NUM_THREADS': threads,
         'NUM_STREAMS': 1,
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_PRECISION_HINT': 'f32',
         'ENABLE_CPU_PINNING': False,  # pinned threads disturb those of the others
     }).create_infer_request()
-    return lambda: request.infer([array])[0]
+    return lambda images: request.infer([images.numpy()])[0]
 
 
 def export_executorch(network: nn.Module, images: torch.Tensor) -> Files:
@@ -129,7 +130,7 @@ def export_executorch(network: nn.Module, images: torch.Tensor) -> Files:
     return [to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer]
 
 
-def load_executorch(files: Files, images: torch.Tensor, threads: int) -> Call:
+def load_executorch(files: Files, threads: int) -> Predict:
     """Load a program of ExecuTorch. All that a process has at a time must be for the same number of threads."""
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
@@ -137,7 +138,7 @@ def load_executorch(files: Files, images: torch.Tensor, threads: int) -> Call:
     if portable_lib._threadpool_get_thread_count() != threads:
         portable_lib._unsafe_reset_threadpool(threads)
     program = Runtime.get().load_program(files[0])
-    return lambda: program.load_method('forward').execute([images])[0]  # a method does not keep its program
+    return lambda images: program.load_method('forward').execute([images])[0]  # a method does not keep its program
 
 
 def export_litert(network: nn.Module, images: torch.Tensor) -> Files:
@@ -145,20 +146,19 @@ def export_litert(network: nn.Module, images: torch.Tensor) -> Files:
     return [litert_torch.convert(timm.utils.reparameterize_model(network), (images,)).model_content()]
 
 
-def load_litert(files: Files, images: torch.Tensor, threads: int) -> Call:
+def load_litert(files: Files, threads: int) -> Predict:
     from ai_edge_litert.interpreter import Interpreter
     interpreter = Interpreter(model_content=files[0], num_threads=threads)
     interpreter.allocate_tensors()
-    array = images.numpy()
     place, = (details['index'] for details in interpreter.get_input_details())
     result, = (details['index'] for details in interpreter.get_output_details())
 
-    def call() -> Any:
-        interpreter.set_tensor(place, array)
+    def predict(images: torch.Tensor) -> Any:
+        interpreter.set_tensor(place, images.numpy())
         interpreter.invoke()
         return interpreter.get_tensor(result)
 
-    return call
+    return predict
 
 
 def export_ncnn(network: nn.Module, images: torch.Tensor) -> Files:
@@ -173,7 +173,7 @@ def export_ncnn(network: nn.Module, images: torch.Tensor) -> Files:
         return [Path(folder, name).read_bytes() for name in ('ncnn.param', 'ncnn.bin')]
 
 
-def load_ncnn(files: Files, images: torch.Tensor, threads: int) -> Call:
+def load_ncnn(files: Files, threads: int) -> Predict:
     """Load a model of ncnn. It has no batches: images come one after another."""
     import ncnn
     model = ncnn.Net()
@@ -186,31 +186,30 @@ def load_ncnn(files: Files, images: torch.Tensor, threads: int) -> Call:
             path.write_bytes(content)
             if load(str(path)):
                 raise ValueError(f'ncnn cannot {load.__name__.replace("_", " ")}')
-    arrays = list(images.numpy())
 
-    def call() -> Any:
+    def predict(images: torch.Tensor) -> Any:
         logits = []
-        for array in arrays:
+        for array in images.numpy():
             extractor = model.create_extractor()
             extractor.input('in0', ncnn.Mat(array))
             logits.append(np.array(extractor.extract('out0')[1]))
         return np.stack(logits)
 
-    return call
+    return predict
 
 
-def export_mnn(network: nn.Module, images: torch.Tensor) -> Files:
-    # the command mnnconvert would install packages
-    import _tools
+def export_mnn(network: nn.Module, images: torch.Tensor, *options: str) -> Files:
+    import _tools  # the command mnnconvert would install packages
     with tempfile.TemporaryDirectory() as folder:
         onnx, path = Path(folder, 'model.onnx'), Path(folder, 'model.mnn')
         onnx.write_bytes(export_onnx(network, images)[0])
         _tools.mnnconvert([
-            'mnnconvert', '-f', 'ONNX', '--modelFile', str(onnx), '--MNNModel', str(path), '--bizCode', 'timm_hbonet'])
+            'mnnconvert', '-f', 'ONNX', '--modelFile', str(onnx), '--MNNModel', str(path), '--bizCode', 'timm_hbonet',
+            *options])
         return [path.read_bytes()]
 
 
-def load_mnn(files: Files, images: torch.Tensor, threads: int) -> Call:
+def load_mnn(files: Files, threads: int) -> Predict:
     from MNN import expr
     from MNN import nn as mnn
     manager = mnn.create_runtime_manager(({'backend': 0, 'numThread': threads, 'precision': 'high'},))
@@ -218,38 +217,39 @@ def load_mnn(files: Files, images: torch.Tensor, threads: int) -> Call:
         path = Path(folder, 'model.mnn')
         path.write_bytes(files[0])
         model = mnn.load_module_from_file(str(path), ['images'], ['logits'], runtime_manager=manager)
-    array = images.numpy()
 
-    def call() -> Any:
-        logits = model.forward([expr.const(array, list(array.shape), expr.NCHW)])[0]
+    def predict(images: torch.Tensor) -> Any:
+        logits = model.forward([expr.const(images.numpy(), list(images.shape), expr.NCHW)])[0]
         return logits.read().copy()  # MNN's own memory, which it uses again once its holder is gone
 
-    return call
+    return predict
 
 
 @dataclass(frozen=True)
 class Runtime:
     """A runtime: packages that it needs, how to export for it, and how to load that.
 
-    `export` takes a network and images, and returns the files that the runtime loads; `load` takes the files, images
-    and the number of threads, and returns a call that gives the logits.
+    `export` takes a network and images, of the shape of those to come, and returns the files that the runtime loads;
+    `load` takes the files and the number of threads, and returns the function from images to logits. Logits of the
+    images differ from the network's by `tolerance`, as a share of the largest.
     """
     packages: Tuple[str, ...]
     export: Callable[[nn.Module, torch.Tensor], Files]
-    load: Callable[[Files, torch.Tensor, int], Call]
+    load: Callable[[Files, int], Predict]
+    tolerance: float = 1e-3
 
-    def build(self, network: nn.Module, images: torch.Tensor, threads: int) -> Tuple[Call, int]:
-        """Export and load a network. Returns its call, and the bytes of its files.
+    def build(self, network: nn.Module, images: torch.Tensor, threads: int) -> Tuple[Callable[[], Any], int]:
+        """Export and load a network. Returns its call on the images, and the bytes of its files.
 
         Raises:
             ValueError: If the logits are not those of the network in PyTorch.
         """
         with silence():
             files = self.export(network, images)
-            call = self.load(files, images, threads)
+            call = functools.partial(self.load(files, threads), images)
             logits = torch.as_tensor(call())
         with torch.no_grad():
-            check_logits(logits, network(images), 1e-3)
+            check_logits(logits, network(images), self.tolerance)
         return call, sum(map(len, files))
 
 

@@ -193,12 +193,17 @@ def network(benchmark):
     return benchmark.create_network(lambda: timm.create_model('hbonet_010'))
 
 
-@pytest.mark.parametrize('name', ['onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
-def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(benchmark, network, capfd, name):
-    runtime = benchmark.RUNTIMES[name]
+def find_runtime(benchmark, name):
+    runtime = benchmark.ALL_RUNTIMES[name]
     missing = [package for package in runtime.packages if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f'{name} needs {", ".join(missing)}')
+    return runtime
+
+
+@pytest.mark.parametrize('name', ['onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
+def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(benchmark, network, capfd, name):
+    runtime = find_runtime(benchmark, name)
     images = torch.randn(2, 3, 64, 96)
     call, file_bytes = runtime.build(network, images, 1)
     printed = capfd.readouterr()
@@ -214,6 +219,26 @@ def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(benchmark, netw
     if name == 'executorch':
         from executorch.extension.pybindings import portable_lib
         assert portable_lib._threadpool_get_thread_count() == 1
+
+
+@pytest.mark.parametrize('name', [
+    'onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8', 'mnn_int8_weights'])
+def test_a_runtime_in_int8_is_near_pytorch_for_each_image_of_a_batch(benchmark, network, name):
+    runtime = find_runtime(benchmark, name)
+    torch.manual_seed(0)
+    images = torch.randn(1 if name == 'mnn_int8' else 2, 3, 64, 96)
+    call, file_bytes = runtime.build(network, images, 1)
+    with torch.no_grad():
+        expected = network(images)
+    similarity = nn.functional.cosine_similarity(torch.as_tensor(call()), expected)
+    assert (similarity > 0.9).all() and (similarity < 1 - 1e-6).all()
+    assert file_bytes < 0.5 * sum(4 * p.numel() for p in network.parameters())
+
+
+def test_mnn_quantizes_for_one_image_at_a_time(benchmark, network):
+    runtime = find_runtime(benchmark, 'mnn_int8')
+    with pytest.raises(ValueError, match='one image at a time, got 2'):
+        runtime.build(network, torch.randn(2, 3, 64, 96), 1)
 
 
 def test_the_profile_of_onnx_runtime_counts_the_nodes(benchmark, run, network, monkeypatch, tmp_path):
@@ -241,15 +266,13 @@ def test_onnx_runtime_has_its_threads_and_does_not_spin(runtimes, network):
 ])
 def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
         benchmark, runtimes, run, network, monkeypatch, tmp_path, change, message):
-    def load(files, images, threads):
+    def load(files, threads):
         assert files == [b'12', b'345'] and threads == 1
-        with torch.no_grad():
-            logits = network(images)
-        return lambda: change(logits)
+        return torch.no_grad()(lambda images: change(network(images)))
 
     runtime = runtimes.Runtime(('torch',), lambda network, images: [b'12', b'345'], load)
     monkeypatch.setattr(benchmark, 'create_network', lambda create: network)
-    monkeypatch.setitem(benchmark.RUNTIMES, 'ncnn', runtime)
+    monkeypatch.setitem(benchmark.ALL_RUNTIMES, 'ncnn', runtime)
     options = ['--models', 'hbonet_010', '--modes', 'ncnn', '--threads', 1]
     assert run(tmp_path, *options, *SMALL[4:]) == (1 if message else 0)
     row = read_rows(tmp_path).set_index('mode').loc['ncnn']
@@ -280,9 +303,10 @@ def test_slow_modes_are_only_timed_if_asked_for(benchmark, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'output'])
     assert benchmark.parse_args(benchmark.argparse.ArgumentParser()).modes == [
         'eager', 'channels_last', 'reparam', 'compiled', 'onnxruntime', 'openvino', 'train', 'train_channels_last']
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'output', '--modes', *benchmark.RUNTIMES])
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'output', '--modes', *benchmark.ALL_RUNTIMES])
     assert benchmark.parse_args(benchmark.argparse.ArgumentParser()).modes == [
-        'onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn']
+        'executorch', 'executorch_int8', 'litert', 'litert_int8', 'mnn', 'mnn_int8', 'mnn_int8_weights', 'ncnn',
+        'onnxruntime', 'onnxruntime_int8', 'openvino', 'openvino_int8']
 
 
 def test_growth_is_timed_by_batch_and_image_size(benchmark, run, monkeypatch, tmp_path):

@@ -117,7 +117,7 @@ def test_other_runtimes(runtimes, runtime, name, size):
     need(*runtimes[runtime].packages)
     model, _, image, expected = create(name, size)
     files = runtimes[runtime].export(model, image)
-    assert_equal_to(runtimes[runtime].load(files, image, 1)(), expected, 1e-4)
+    assert_equal_to(runtimes[runtime].load(files, 1)(image), expected, 1e-4)
 
 
 @pytest.mark.parametrize('name, size', CASES)
