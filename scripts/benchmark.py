@@ -15,7 +15,7 @@ Modes, inference in float32 if not said otherwise:
   executorch, litert   torch.export of the re-parameterized model, both with XNNPACK (CPU)
   ncnn                 its trace by pnnx (CPU); no batches, images come one after another
   onnxruntime_int8, openvino_int8, executorch_int8, litert_int8, mnn_int8_weights, mnn_int8: in int8 (CPU), calibrated
-                       with the images that are timed; mnn_int8 at batch size 1 only
+                       with the images that are timed
   eager_amp, channels_last_amp, reparam_amp: under float16 autocast (CUDA)
   train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 

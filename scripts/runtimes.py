@@ -64,12 +64,14 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float)
 
 
 @functools.lru_cache(maxsize=None)
-def export_onnx_model(network: nn.Module, shape: torch.Size) -> Any:
+def export_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool = False) -> Any:
     """ONNX model of a network, re-parameterized, as a protobuf."""
-    network = timm.utils.reparameterize_model(network)
+    network, images = timm.utils.reparameterize_model(network), torch.randn(shape)
+    if dynamic_batch:
+        images = images.repeat(2, 1, 1, 1)  # an export takes a batch of 1 for fixed
     return torch.onnx.export(
-        network, (torch.randn(shape),), input_names=['images'], output_names=['logits'], dynamo=True,
-        opset_version=18, verbose=False).model_proto
+        network, (images,), input_names=['images'], output_names=['logits'], dynamo=True, opset_version=18,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None, verbose=False).model_proto
 
 
 def export_onnx(network: nn.Module, images: torch.Tensor) -> Files:
@@ -198,15 +200,19 @@ def load_ncnn(files: Files, threads: int) -> Predict:
     return predict
 
 
-def export_mnn(network: nn.Module, images: torch.Tensor, *options: str) -> Files:
+def convert_to_mnn(onnx_model: bytes, *options: str) -> Files:
     import _tools  # the command mnnconvert would install packages
     with tempfile.TemporaryDirectory() as folder:
         onnx, path = Path(folder, 'model.onnx'), Path(folder, 'model.mnn')
-        onnx.write_bytes(export_onnx(network, images)[0])
+        onnx.write_bytes(onnx_model)
         _tools.mnnconvert([
             'mnnconvert', '-f', 'ONNX', '--modelFile', str(onnx), '--MNNModel', str(path), '--bizCode', 'timm_hbonet',
             *options])
         return [path.read_bytes()]
+
+
+def export_mnn(network: nn.Module, images: torch.Tensor) -> Files:
+    return convert_to_mnn(export_onnx(network, images)[0])
 
 
 def load_mnn(files: Files, threads: int) -> Predict:

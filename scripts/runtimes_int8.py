@@ -12,7 +12,7 @@ import numpy as np
 import timm.utils
 import torch
 from PIL import Image
-from runtimes import RUNTIMES, Files, Runtime, export_mnn, export_onnx
+from runtimes import RUNTIMES, Files, Runtime, convert_to_mnn, export_onnx, export_onnx_model
 from torch import nn
 
 
@@ -97,16 +97,17 @@ def export_litert(network: nn.Module, images: torch.Tensor, calibration: Optiona
 
 def export_mnn_int8(network: nn.Module, images: torch.Tensor, calibration: Optional[torch.Tensor] = None) -> Files:
     import _tools  # the command mnnquant would install packages
-    if len(images) > 1:
-        raise ValueError(f"MNN's quantizer takes networks for one image at a time, got {len(images)}")
-    calibration = torch.cat(split(images, calibration))
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"MNN's quantizer takes images of 1 or 3 channels, got {images.shape[1]}")
+    calibration = images if calibration is None else calibration
     # MNN reads pictures: those whose darkest and brightest pixels were 0 and 255 get these again
     low, high = (extreme.view(-1, 1, 1) for extreme in torch.aminmax(calibration.transpose(0, 1).flatten(1), dim=1))
     scale = (high - low) / 255
     with tempfile.TemporaryDirectory() as folder:
         pictures, config, source, target = (Path(folder, name) for name in ('pictures', 'config', 'source', 'target'))
         pictures.mkdir()
-        source.write_bytes(export_mnn(network, images)[0])
+        onnx_model = export_onnx_model(network, images.shape, dynamic_batch=True).SerializeToString()
+        source.write_bytes(convert_to_mnn(onnx_model)[0])
         for i, image in enumerate(calibration):
             pixels = ((image - low) / scale).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if len(low) == 1 else pixels)).save(
@@ -114,7 +115,8 @@ def export_mnn_int8(network: nn.Module, images: torch.Tensor, calibration: Optio
         config.write_text(json.dumps(dict(
             format='GRAY' if len(low) == 1 else 'RGB', mean=(-low / scale).flatten().tolist(),
             normal=scale.flatten().tolist(), width=images.shape[3], height=images.shape[2], path=f'{pictures}/',
-            used_image_num=len(calibration), batch_size=1, feature_quantize_method='EMA',
+            used_image_num=len(calibration), feature_quantize_method='EMA',
+            batch_size=min(32, len(calibration)),  # averages of the ranges of larger batches cut off less
             weight_quantize_method='MAX_ABS')))
         _tools.mnnquant(['mnnquant', str(source), str(target), str(config)])
         return [target.read_bytes()]
@@ -122,7 +124,7 @@ def export_mnn_int8(network: nn.Module, images: torch.Tensor, calibration: Optio
 
 def export_mnn_int8_weights(
         network: nn.Module, images: torch.Tensor, calibration: Optional[torch.Tensor] = None) -> Files:
-    return export_mnn(network, images, '--weightQuantBits', '8')
+    return convert_to_mnn(export_onnx(network, images)[0], '--weightQuantBits', '8')
 
 
 # an export takes images to calibrate with, too, or else calibrates with those that it gets
