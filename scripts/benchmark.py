@@ -14,14 +14,16 @@ Modes, inference in float32 if not said otherwise:
   openvino, mnn        the same ONNX (CPU)
   executorch, litert   torch.export of the re-parameterized model, both with XNNPACK (CPU)
   ncnn                 its trace by pnnx (CPU); no batches, images come one after another
-  onnxruntime_int8, openvino_int8, executorch_int8, litert_int8, mnn_int8_weights, mnn_int8: in int8 (CPU), calibrated
-                       with the images that are timed
+  onnxruntime_int8, openvino_int8, executorch_int8, litert_int8, mnn_int8: in int8, calibrated with the images that are
+                       timed (CPU)
+  mnn_int8_weights     weights in int8, arithmetic in float32 (CPU)
   eager_amp, channels_last_amp, reparam_amp: under float16 autocast (CUDA)
   train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 
 A runtime that is not installed is skipped by name. The exit status is 1 if a network failed in a mode, or has other
-logits than in PyTorch; the others are reported all the same. Run it on a machine that does nothing else: the default
-takes one to two hours on 2 cores. What only runs if it is named takes up to a minute more for each network.
+logits than in PyTorch (in int8: by half of the largest); the others are reported all the same. Run it on a machine that
+does nothing else: the default takes one to two hours on 2 cores. What only runs if it is named takes up to a minute
+more for each network.
 
 Figures on a CPU depend on the memory allocator: glibc returns freed memory to the system, and the page faults to get it
 back cost up to 20 %. These settings keep it:

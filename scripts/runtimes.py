@@ -63,15 +63,19 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float)
         raise ValueError(f'Logits differ by {error:.1e} relative, at most {tolerance:.0e} is allowed')
 
 
-@functools.lru_cache(maxsize=None)
-def export_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool = False) -> Any:
-    """ONNX model of a network, re-parameterized, as a protobuf."""
+def create_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool = False) -> Any:
+    """ONNX model of a network, re-parameterized, as a protobuf. For images of a shape, or any number of them."""
     network, images = timm.utils.reparameterize_model(network), torch.randn(shape)
     if dynamic_batch:
-        images = images.repeat(2, 1, 1, 1)  # an export takes a batch of 1 for fixed
+        images = images.repeat(2, 1, 1, 1)  # torch.export fixes a batch size of 1
     return torch.onnx.export(
         network, (images,), input_names=['images'], output_names=['logits'], dynamo=True, opset_version=18,
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None, verbose=False).model_proto
+
+
+@functools.lru_cache(maxsize=None)
+def export_onnx_model(network: nn.Module, shape: torch.Size) -> Any:
+    return create_onnx_model(network, shape)
 
 
 def export_onnx(network: nn.Module, images: torch.Tensor) -> Files:
@@ -236,8 +240,8 @@ class Runtime:
     """A runtime: packages that it needs, how to export for it, and how to load that.
 
     `export` takes a network and images, of the shape of those to come, and returns the files that the runtime loads;
-    `load` takes the files and the number of threads, and returns the function from images to logits. Logits of the
-    images differ from the network's by `tolerance`, as a share of the largest.
+    `load` takes the files and the number of threads, and returns the function from images to logits. These differ from
+    the network's by `tolerance` at most, as a share of the largest.
     """
     packages: Tuple[str, ...]
     export: Callable[[nn.Module, torch.Tensor], Files]

@@ -3,13 +3,13 @@
 
     python scripts/score_runtimes.py RUN/last.pth.tar --config RUN/args.yaml --data-dir DIR --output results/NAME
 
-The network is re-parameterized and exported for one image at a time. int8 is calibrated with training images, in the
-transform of the test images. `eager` is the network in PyTorch, `reparam` re-parameterized. Writes runtimes.csv and
-runtimes.md:
+`eager` is the network in PyTorch, and `reparam` re-parameterized, both in NCHW. For the runtimes it is re-parameterized
+too, and exported for one image at a time. int8 is calibrated with training images, in the transform of the test images;
+mnn_int8_weights has weights in int8, and computes in float32. Writes runtimes.csv and runtimes.md:
   top1        in percent
   agreement   percent of the images with PyTorch's class
   error       largest difference from PyTorch's logits, in percent of their range
-  bytes       of the files that the runtime loads
+  bytes       of the files that the runtime loads, and of a state dict in PyTorch
   median_ms   of one image on one thread, of this machine and while it does what else it does
 
 Runtimes that are not installed are skipped by name. The exit status is 1 if another failed.
@@ -30,7 +30,7 @@ import torch
 import yaml
 from runtimes import Predict, silence
 from runtimes_int8 import ALL_RUNTIMES, INT8_RUNTIMES
-from script_utils import BadInput, create_model, number, requirements, run_script, write_file
+from script_utils import BadInput, check_interrupt, create_model, number, requirements, run_script, write_file
 from timm.models import load_checkpoint
 from timm.utils import reparameterize_model
 from torch import nn
@@ -41,6 +41,7 @@ with requirements():
     import pandas as pd
 
 PYTORCH = {'eager': lambda network: network, 'reparam': reparameterize_model}
+
 
 @dataclass
 class Candidate:
@@ -55,7 +56,7 @@ class Candidate:
         start = time.perf_counter()
         logits = self.predict(image)
         self.seconds.append(time.perf_counter() - start)
-        self.logits.append(torch.as_tensor(logits).numpy().copy())  # runtimes use their memory again
+        self.logits.append(torch.as_tensor(logits).numpy().copy())  # runtimes use the memory again
 
     def summarize(self, expected: np.ndarray, labels: np.ndarray) -> Dict[str, Any]:
         logits = np.concatenate(self.logits)
@@ -94,7 +95,8 @@ def create_candidates(
         network: nn.Module, calibration: torch.Tensor, names: Sequence[str]) -> Tuple[List[Candidate], Dict[str, str]]:
     """Export and load the network. Returns what failed with its reason, too."""
     candidates, failed = [], {}
-    for name in tqdm(names, 'Exporting', leave=False):
+    for name in tqdm(dict.fromkeys(names), 'Exporting', leave=False):
+        check_interrupt()
         if name in PYTORCH:
             module, file = PYTORCH[name](network), io.BytesIO()
             torch.save(module.state_dict(), file)
@@ -161,6 +163,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     candidates, failed = create_candidates(network, calibration, args.runtimes)
     expected, labels = [], []
     for images, targets in tqdm(loader, 'Scoring', unit='batch'):
+        check_interrupt()
         labels.append(targets.numpy())
         expected.append(network(images).numpy())
         for candidate in candidates:

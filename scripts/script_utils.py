@@ -157,7 +157,7 @@ def check_interrupt() -> None:
 
 
 def hide_lost_interrupt(unraisable: Any) -> None:
-    """For sys.unraisablehook: `check_interrupt` tells of a Ctrl-C that was lost."""
+    """For sys.unraisablehook: `check_interrupt` tells of a Ctrl-C that was lost, when a script ends at the latest."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
 
@@ -173,7 +173,9 @@ def run_script(
         sys.unraisablehook = hide_lost_interrupt
     status = 1
     try:
-        return main(args, parser)
+        main(args, parser)
+        check_interrupt()
+        return
     except BadInput as e:
         # the exception of a loader's process has its traceback before the message
         message = f'error: {str(e).rpartition("BadInput: ")[2].strip()}'

@@ -82,7 +82,7 @@ def server(release_site: HubServer) -> HubServer:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Function that runs Python code in a process of its own, where its keyword arguments are in the environment."""
+    """Function that runs Python code in a process and caches of its own. Keyword arguments are in the environment."""
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess:
         env: Dict[str, str] = {**os.environ, **_caches(tmp_path), **environment}

@@ -197,7 +197,7 @@ def find_runtime(benchmark, name):
     runtime = benchmark.ALL_RUNTIMES[name]
     missing = [package for package in runtime.packages if importlib.util.find_spec(package) is None]
     if missing:
-        pytest.skip(f'{name} needs {", ".join(missing)}')
+        pytest.skip(f"{', '.join(missing)} not installed. Run: pip install -e '.[mobile]'")
     return runtime
 
 
@@ -233,6 +233,25 @@ def test_a_runtime_in_int8_is_near_pytorch_for_each_image_of_a_batch(benchmark, 
     similarity = nn.functional.cosine_similarity(torch.as_tensor(call()), expected)
     assert (similarity > 0.9).all() and (similarity < 1 - 1e-6).all()
     assert file_bytes < 0.5 * sum(4 * p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize('name', ['onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8'])
+def test_int8_is_calibrated_with_the_images_that_are_for_it(benchmark, network, name):
+    runtime = find_runtime(benchmark, name)
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 64, 96)
+    wide, narrow = (
+        torch.as_tensor(runtime.load(runtime.export(network, image, calibration), 1)(image)).clone()
+        for calibration in (torch.randn(2, 3, 64, 96), torch.randn(2, 3, 64, 96) / 1000))
+    with torch.no_grad():
+        expected = network(image)
+    assert (narrow - expected).norm() > 1.5 * (wide - expected).norm()
+
+
+def test_too_few_images_to_calibrate_with_are_named(benchmark, network):
+    runtime = find_runtime(benchmark, 'onnxruntime_int8')
+    with pytest.raises(ValueError, match='1 images to calibrate with are no batch of 2'):
+        runtime.export(network, torch.randn(2, 3, 64, 96), torch.randn(1, 3, 64, 96))
 
 
 def test_mnn_quantizes_for_1_or_3_channels(benchmark):

@@ -11,9 +11,6 @@ from PIL import Image
 from script_runner import error_line, run_script
 from sklearn.datasets import load_digits
 
-needs_mobile = [
-    pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(package), reason=f'needs {package}'))
-    for name, package in (('executorch', 'executorch'), ('litert', 'litert_torch'), ('ncnn', 'pnnx'), ('mnn', 'MNN'))]
 CONFIG = 'model: hbonet_010\nnum_classes: 10\nin_chans: 1\nimg_size: 32\nmean: [0.3]\nstd: [0.4]\nseed: 7\nlr: 0.1\n'
 
 
@@ -63,7 +60,7 @@ def check_rows(folder, names):
     for name, row in table.iterrows():
         if 'int8' in name:  # random weights amplify the error
             assert 0 < row.error < 50
-            assert row.bytes < 0.7 * table.bytes.iloc[0]
+            assert row.bytes < 0.7 * table.bytes.iloc[0] or name == 'openvino_int8'  # its graph is text
         else:
             assert row.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
             assert row.agreement == 100 and row.error < 0.01
@@ -95,11 +92,14 @@ def test_openvino_without_nncf(folder, monkeypatch):
 
 
 @needs_onnx_exporter
-@pytest.mark.parametrize('name', needs_mobile)
+@pytest.mark.parametrize('name', ['openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
 def test_mobile(folder, name):
-    import runtimes_int8
-    names = [other for other in runtimes_int8.ALL_RUNTIMES if other.startswith(name)]
-    status, _, stderr = score(folder, '--runtimes', *names)
+    from runtimes_int8 import ALL_RUNTIMES
+    names = [other for other in ALL_RUNTIMES if other.startswith(name)]
+    for package in (package for other in names for package in ALL_RUNTIMES[other].packages):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed. Run: pip install -e '.[mobile]'")
+    status, _, stderr = score(folder, '--runtimes', *names, names[0])
     assert status == 0, stderr
     check_rows(folder, names)
 

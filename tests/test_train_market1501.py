@@ -272,13 +272,12 @@ class Bar:
 def main(args, parser):
     Bar()
     print('lost')
-    script_utils.check_interrupt()
 
 script_utils.run_script(main, argparse.ArgumentParser())
 """)
     result = subprocess.run(
         [sys.executable, 'script.py'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(SCRIPTS)},
-        capture_output=True, text=True, preexec_fn=heed_ctrl_c)
+        capture_output=True, text=True, timeout=60, preexec_fn=heed_ctrl_c)
     assert (result.returncode, result.stdout, result.stderr) == (130, 'lost\n', 'script.py: interrupted.\n')
 
 
