@@ -141,7 +141,7 @@ def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
         axes.set(title=title, xlabel='median latency in ms', ylabel='top-1 in %')
         axes.margins(0.1)
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
     return figure
 
 
@@ -158,7 +158,7 @@ def draw_growth(rows: pd.DataFrame) -> Figure:
         title = f"reparam, {other.replace('_', ' ')} {fixed}"
         axes.set(xlabel=quantity.replace('_', ' '), ylabel='median time in ms', title=title)
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
     return figure
 
 
