@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
 """Draw the harmonious bottleneck at rates 2, 4 and 8 and strides 1 and 2, with the sizes that its layers return."""
 import argparse
-import io
 from pathlib import Path
 from typing import List, Tuple
 
 import torch
-from PIL import Image
-from script_utils import requirements, run_script, write_file
+from script_utils import requirements, run_script, write_figure
 
 from timm_hbonet.hbonet import HarmoniousBottleneck
 
@@ -90,10 +88,7 @@ def draw() -> Figure:
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    drawn, picture = io.BytesIO(), io.BytesIO()
-    draw().savefig(drawn, format='png')
-    Image.open(drawn).convert('RGB').quantize(64).save(picture, 'PNG', optimize=True)
-    write_file(args.output, picture.getvalue())
+    write_figure(args.output, draw(), colors=64)
     print(args.output)
 
 

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """Draw top-1 and training loss by epoch of runs of timm's train.py, and print a table of their last epochs."""
 import argparse
-import io
 import re
 from pathlib import Path
 
-from PIL import Image
-from script_utils import BadInput, requirements, run_script, write_file
+from script_utils import BadInput, requirements, run_script, write_figure
 
 with requirements():
     import pandas as pd
@@ -108,10 +106,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    rows, drawn, picture = read_runs(args.folder), io.BytesIO(), io.BytesIO()
-    draw(rows).savefig(drawn, format='png')
-    Image.open(drawn).convert('RGB').quantize(64).save(picture, 'PNG', optimize=True)
-    write_file(args.output or args.folder / 'curves.png', picture.getvalue())
+    rows = read_runs(args.folder)
+    write_figure(args.output or args.folder / 'curves.png', draw(rows), colors=64)
     print(make_table(rows))
 
 

@@ -1,114 +1,315 @@
 #!/usr/bin/env python3
-"""Publish the released HBONet checkpoints on the Hugging Face Hub."""
+"""Publish the authors' checkpoints, as timm reads them and with model cards, on the Hugging Face Hub or in a folder.
+
+Each checkpoint is downloaded from the authors' release (or taken from the cache), verified, and converted to a folder
+with model.safetensors, config.json, README.md (the model card) and test/rand_tensors.safetensors. It is published when
+it has loaded again through timm to identical logits. It is safe to run this again after any failure.
+"""
 import argparse
-import hashlib
+import json
+import os
+import shutil
 import sys
 import tempfile
-from http.client import HTTPException
 from pathlib import Path
-from typing import Optional
 
-from convert_checkpoint import FILES, convert, git_blob_id
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from tqdm import tqdm
+import timm
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
+from safetensors.torch import save_file
+from script_utils import BadInput, requirements, run_script
+from timm.models import save_for_hf
 
 from timm_hbonet import __version__
-from timm_hbonet.releases import GIT_BLOBS, download_release
+from timm_hbonet.releases import check_release, download_release
 
-# of files, connections and the Hub, whose client has another HTTP library in each of its major versions
-ERRORS = (OSError, HTTPException, *HfHubHTTPError.__bases__)
+with requirements():
+    import pandas as pd
+    import tabulate  # noqa: F401, pandas needs it for Markdown
+    from tqdm import tqdm
+
+# accuracies from the authors' repository, and tables 2 to 6 of arXiv:1908.03888
+PUBLISHED = pd.read_csv(Path(__file__).parents[1] / 'results/published.csv', index_col='model')
+
+CARD = """---
+{{ card_data }}
+---
+
+# Model card for {{ model_name }}
+
+{% if is_release -%}
+The accuracies on this page are those that the authors published, and were not re-validated: that this architecture
+computes what theirs does was tested with synthetic weights.
+{%- else -%}
+These weights are of unknown origin: the file that they were converted from is not the one that the authors released,
+and the accuracies on this page are not those of these weights.
+{%- endif %}
+
+An HBONet image classification model for mobile devices. Its blocks, harmonious bottlenecks, contract the feature
+map while they expand the channels, and pass half of the output channels on from the input.
+
+## Model Details
+
+- **Model Type:** Image classification / feature backbone
+- **Model Stats:**
+  - Params (M): {{ '%.2f' % (row.params / 1e6) }}
+  - GMACs: {{ '%.3f' % (row.macs / 1e9) }}
+  - Activations (M): {{ '%.2f' % (row.activations / 1e6) }}
+  - Image size: {{ row.img_size }} x {{ row.img_size }}
+{%- if is_release %}
+- **Accuracy:** {{ row.top1 }}% top-1, {{ row.top5 }}% top-5, of a single centre crop ({{ tables }} of the paper)
+- **Weights:** [the authors' file]({{ row.url }}), git blob `{{ row.git_blob }}`
+- **Dataset:** ImageNet-1k
+{%- endif %}
+- **Paper:** [{{ cfg.paper_name }}](https://arxiv.org/abs/1908.03888)
+- **Original:** <{{ cfg.origin_url }}>
+
+## Model Usage
+
+timm knows the model when timm-hbonet is installed: `pip install .` in a clone of it, as no package index has it yet.
+
+### Image Classification
+
+```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:{{ repo_id }}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+image = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
+
+with torch.inference_mode():
+    probabilities, classes = model(image).softmax(dim=1)[0].topk(5)
+labels = timm.data.ImageNetInfo()
+for probability, index in zip(probabilities.tolist(), classes.tolist()):
+    print(f'{probability:.1%} {labels.index_to_description(index)}')
+```
+
+### Feature Maps
+
+```python
+backbone = timm.create_model('hf-hub:{{ repo_id }}', pretrained=True, features_only=True).eval()
+for feature in backbone(image):
+    print(tuple(feature.shape))
+{%- for shape in features %}
+# {{ shape }}
+{%- endfor %}
+```
+
+### Image Embeddings
+
+```python
+model = timm.create_model('hf-hub:{{ repo_id }}', pretrained=True, num_classes=0).eval()
+embedding = model(image)  # 1 x {{ num_features }}
+```
+
+## Model Comparison
+
+{{ comparison }}
+
+Top-1 and top-5 are the authors'. MACs and parameters are computed from the architectures.
+
+## Citation
+
+```bibtex
+@inproceedings{li2019hbonet,
+  title = {HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions},
+  author = {Li, Duo and Zhou, Aojun and Yao, Anbang},
+  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year = {2019}
+}
+```
+"""
 
 
-def publish(api: HfApi, name: str, repo_id: str) -> str:
-    """Upload a released checkpoint, as far as the repository does not have it. Returns what was done."""
+def make_table(current: str = '') -> str:
+    """Make the table of all checkpoints in Markdown, the name of the current one bold."""
+    return pd.DataFrame({
+        'model': [f'**`{name}`**' if name == current else f'`{name}`' for name in PUBLISHED.index],
+        'image': PUBLISHED['img_size'],
+        'top-1': PUBLISHED['top1'],
+        'top-5': PUBLISHED['top5'],
+        'M MACs': PUBLISHED['macs'] / 1e6,
+        'M parameters': PUBLISHED['params'] / 1e6,
+    }).to_markdown(index=False, floatfmt=('', '', '.1f', '.1f', '.1f', '.2f'))
+
+
+def make_card(name: str, repo_id: str, is_release: bool = True) -> ModelCard:
+    """Make the model card of a checkpoint.
+
+    Args:
+        name: Architecture and tag, 'hbonet_100.in1k'.
+        repo_id: Repository of the Hub that the usage loads from, 'ORG/NAME'.
+        is_release: Whether the weights are the authors'. The card claims no accuracy of others.
+    """
+    row, cfg = PUBLISHED.loc[name], timm.get_pretrained_cfg(name)
+    model = timm.create_model(name, device='meta').eval()
+    features = model.forward_intermediates(torch.zeros(1, *cfg.input_size, device='meta'), intermediates_only=True)
+    tables = f'table{"s" * (not row.paper_tables.isdigit())} {row.paper_tables}'
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type='imagenet-1k',
+            dataset_name='ImageNet-1k',
+            dataset_split='validation',
+            metric_type='accuracy',
+            metric_name=f'{metric} accuracy (%), published by the authors',
+            metric_value=float(value),
+            source_name=f"The authors' published figures: repository, and {tables} of arXiv:1908.03888",
+            source_url=cfg.origin_url,
+        ) for metric, value in (('Top-1', row.top1), ('Top-5', row.top5))
+    ]
+    data = ModelCardData(
+        license=cfg.license,
+        library_name='timm',
+        tags=['image-classification', 'timm', 'transformers', 'hbonet'],
+        datasets=['imagenet-1k'] if is_release else None,
+        pipeline_tag='image-classification',
+        model_name=name if is_release else None,
+        eval_results=results if is_release else None,
+        architecture=cfg.architecture,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
+        model_name=name,
+        repo_id=repo_id,
+        row=row,
+        cfg=cfg,
+        is_release=is_release,
+        tables=tables,
+        features=[tuple(x.shape) for x in features],
+        num_features=model.num_features,
+        comparison=make_table(name),
+    )
+
+
+def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_digest: bool = False) -> None:
+    """Write a checkpoint as the files of a repository of the Hub, and check that they load again.
+
+    Args:
+        path: The checkpoint.
+        name: Architecture and tag that it is.
+        repo_id: Repository that the model card refers to, 'ORG/NAME'.
+        folder: New folder to write.
+        allow_unknown_digest: Take a file that is not the authors'.
+
+    Raises:
+        BadInput: If the checkpoint is not the authors', cannot be loaded, or does not load again as it was.
+    """
+    problem = check_release(path, name)
+    if problem and not allow_unknown_digest:
+        raise BadInput(
+            f"{path} is not the authors' file of {name}: {problem}. Use that of {PUBLISHED.loc[name, 'url']}, or, if "
+            f"you trust this one, --allow-unknown-digest.")
     try:
-        remote = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in api.get_paths_info(repo_id, list(FILES))}
-        exists = True
-    except RepositoryNotFoundError:
-        remote, exists = {}, False
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, name)
-        convert(download_release(name), name, repo_id, folder)
-        changed = []
-        for file in FILES:
-            content = (folder / file).read_bytes()
-            if remote.get(file) not in (git_blob_id(content), hashlib.sha256(content).hexdigest()):
-                changed.append(file)
-        if not changed:
-            return 'is up to date'
-        if not exists:
-            api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=changed, commit_message=f'Add {name}')
-    return f'uploaded {", ".join(changed)}'
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    except Exception as e:  # timm, torch and safetensors have errors of their own
+        raise BadInput(f'{path} cannot be loaded as the weights of {name}. {type(e).__name__}: {e}') from None
+    # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
+    images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2
+    with torch.inference_mode():
+        logits = model(images)
+        model.double()
+        features = model.forward_features(images.double())
+        pre_logits = model.forward_head(features, pre_logits=True)
+        outputs = dict(features=features, pre_logits=pre_logits, output=model.classifier(pre_logits))
+        model.float()
 
+    # the files of timm's own repositories
+    (folder / 'test').mkdir(parents=True)
+    save_for_hf(model, str(folder), safe_serialization=True)
+    config = json.loads((folder / 'config.json').read_text())
+    config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
+    (folder / 'config.json').write_text(json.dumps(config, indent=2))
+    make_card(name, repo_id, is_release=not problem).save(folder / 'README.md')
+    save_file(
+        {'input': images, **{k: v.float() for k, v in outputs.items()}}, folder / 'test/rand_tensors.safetensors')
+    for file in folder.rglob('*.safetensors'):
+        shutil.copymode(folder / 'config.json', file)  # safetensors makes its files private
 
-def check_token(api: HfApi) -> Optional[str]:
-    """What is wrong with the token, None if nothing."""
-    try:
-        api.whoami()
-    except LocalTokenNotFoundError:
-        return 'there is no token of the Hub. Run `hf auth login`, or set HF_TOKEN to a token with write access.'
-    except ERRORS as e:
-        if getattr(getattr(e, 'response', None), 'status_code', None) == 401:
-            return (
-                f'{api.endpoint} does not accept the token (401), it may have expired or been revoked. '
-                f'Run `hf auth login`, or set HF_TOKEN to a token with write access.')
-        return f'cannot ask {api.endpoint} whose token this is. {describe(e)}'
-    return None
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.inference_mode():
+        if not torch.equal(reloaded(images), logits):
+            raise BadInput(f'the converted {name} does not give the logits of {path}. Nothing is kept.')
 
 
 def describe(error: BaseException) -> str:
     """One line about an error and its cause, without the token that a request may have had."""
-    message = ' '.join(f'{type(error).__name__}: {error}'.split())
-    # an HTTP error of the Hub says it all
-    if error.__cause__ and not isinstance(error, HfHubHTTPError) and str(error.__cause__) not in message:
-        message += f' ({describe(error.__cause__)})'
+    errors = [e for e in (error, error.__cause__) if e]
+    message = ' '.join('. '.join(f'{type(e).__name__}: {e}' for e in errors).split())
     token = get_token()
     return message.replace(token, '***') if token else message
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog='Each checkpoint is downloaded from the release (or taken from the cache), verified, converted, and '
-               'uploaded to the repository ORG/MODEL, unless that has it already. It is safe to run this again after '
-               'any failure. The token is that of `hf auth login`, or HF_TOKEN.')
-    parser.add_argument('--namespace', metavar='ORG', help='organization or user of the Hub')
-    parser.add_argument('--only', nargs='+', metavar='NAME', help='publish only these models, such as hbonet_100.in1k')
-    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the folders to DIR, upload nothing')
-    args = parser.parse_args()
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--namespace', metavar='ORG',
+        help='organization or user of the Hub, the repositories are ORG/NAME. The token is that of `hf auth login`, or '
+             'HF_TOKEN')
+    add('--dry-run', type=Path, metavar='DIR',
+        help="write the folders DIR/NAME, for timm.create_model('local-dir:DIR/NAME', pretrained=True), and upload "
+             'nothing. A folder that is there is left as it is')
+    add('--only', nargs='+', choices=list(PUBLISHED.index), metavar='NAME',
+        help='these checkpoints, such as hbonet_100.in1k (default: all)')
+    add('--file', type=Path, metavar='FILE', help='take this file for the NAME that is given by --only')
+    add('--allow-unknown-digest', action='store_true',
+        help="take a FILE that is not the authors'. Its card claims no accuracy")
+    add('--table', action='store_true', help="print README's table of the checkpoints, and end")
+    return parser
+
+
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.table:
+        print(make_table())
+        return
     if not args.namespace and not args.dry_run:
         parser.error('--namespace is required, unless this is a --dry-run')
-    for name in args.only or ():
-        if name not in GIT_BLOBS:
-            parser.error(f'--only: there is no model {name!r}, choose from {", ".join(GIT_BLOBS)}')
+    if args.file and len(args.only or ()) != 1:
+        parser.error('--file needs --only with the one NAME that it is')
+    if args.allow_unknown_digest and not args.file:
+        parser.error('--allow-unknown-digest needs a --file')
 
     api = HfApi(library_name='timm_hbonet', library_version=__version__)
-    problem = None if args.dry_run else check_token(api)
-    if problem:
-        sys.exit(f'error: {problem}')
+    if args.dry_run:
+        args.dry_run.mkdir(parents=True, exist_ok=True)
+    else:
+        try:
+            api.whoami()
+        except Exception as e:  # the client's HTTP library differs between versions
+            raise BadInput(
+                f'{api.endpoint} was asked whose token this is. {describe(e)} Run `hf auth login`, or set HF_TOKEN to '
+                f'a token with write access.') from None
 
-    failures = []
-    names = [name for name in GIT_BLOBS if name in (args.only or GIT_BLOBS)]
-    for name in tqdm(names, unit='model'):
+    names, failed = args.only or list(PUBLISHED.index), []
+    for name in tqdm(names, unit='model', disable=len(names) == 1):
         repo_id = f'{args.namespace or "timm"}/{name}'
         try:
-            if not args.dry_run:
-                done = publish(api, name, repo_id)
-            elif convert(download_release(name), name, repo_id, args.dry_run / name):
-                done = f'written to {args.dry_run / name}'
-            else:
-                done = f'was there already, in {args.dry_run / name}'
-            tqdm.write(f'{repo_id}: {done}')
-        except (*ERRORS, RuntimeError, ValueError) as e:  # must not keep the others from being published
-            failures.append(f'{name}: {describe(e)}')
-    if failures:
-        remedy = 'to write' if args.dry_run else 'to publish'
-        failures.insert(0, f'error: {len(failures)} of {len(names)} failed, run this again {remedy} them:')
-        sys.exit('\n'.join(failures))
+            if args.dry_run and (args.dry_run / name).exists():
+                tqdm.write(f'{args.dry_run / name} is there already, and is left as it is')
+                continue
+            with tempfile.TemporaryDirectory(prefix='.', dir=args.dry_run) as scratch:
+                folder = Path(scratch, name)
+                convert(args.file or download_release(name), name, repo_id, folder, args.allow_unknown_digest)
+                if args.dry_run:
+                    os.rename(folder, args.dry_run / name)
+                    tqdm.write(str(args.dry_run / name))
+                else:
+                    api.create_repo(repo_id, exist_ok=True)
+                    # what has not changed is not uploaded
+                    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {name}')
+                    tqdm.write(commit.commit_url)
+        except Exception as e:  # of files, connections and the Hub: must not keep the others from being published
+            failed.append(name)
+            tqdm.write(f'{name}: {describe(e)}', file=sys.stderr)
+    if failed:
+        raise BadInput(
+            f'{len(failed)} of {len(names)} failed, for the reasons above. Run this again with --only '
+            f'{" ".join(failed)}')
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main, create_parser())

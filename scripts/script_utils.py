@@ -1,5 +1,6 @@
 """What the training scripts and the quickstart share: options, errors, folders and files that they write, images."""
 import argparse
+import io
 import math
 import os
 import signal
@@ -108,6 +109,16 @@ def write_file(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as e:
         raise BadInput(f'{path} cannot be written: {e.strerror or e}. Make room, or give another --output.') from None
+
+
+def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
+    """Write matplotlib's figure as PNG, of so many colors if given: a file of a drawing gets small by that."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png')
+    if colors:
+        image, picture = Image.open(picture).convert('RGB'), io.BytesIO()
+        image.quantize(colors).save(picture, 'PNG', optimize=True)
+    write_file(path, picture.getvalue())
 
 
 def image_error(path: Path, error: Exception) -> BadInput:

@@ -359,12 +359,14 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, repo_id: str, revision: str) -> None:
         self._require_write(repo_id)
         _, files = self._commit(repo_id, revision)
+        entries = {path: _entry(path, content) for path, content in files.items()}
+        oids = {path: entry.get('lfs', entry)['oid'] for path, entry in entries.items()}  # SHA-256 of a large file
         self._send_json({'files': [
             {
                 'path': file['path'],
                 'uploadMode': 'lfs' if file['path'].endswith(LFS_SUFFIXES) else 'regular',
                 'shouldIgnore': False,
-                'oid': _entry(file['path'], files[file['path']])['oid'] if file['path'] in files else None,
+                'oid': oids.get(file['path']),
             } for file in json.loads(self.body)['files']]})
 
     def lfs_batch(self, repo_id: str) -> None:

@@ -1,8 +1,9 @@
 """Figures of the authors' network for weights and inputs that are recreated from names and seeds.
 
 `ARCHITECTURES` has, for each architecture, its size, the released state dict's keys and shapes, and cases: inputs and
-float64 outputs. `CHECKPOINTS` lists the 19 released checkpoints.
+float64 outputs. `CHECKPOINTS` lists the 19 released checkpoints, as `results/published.csv` has them.
 """
+import csv
 import json
 import zlib
 from pathlib import Path
@@ -13,8 +14,16 @@ import torch
 
 DATA = Path(__file__).parent / 'data'
 ARCHITECTURES = json.loads((DATA / 'hbonet_reference.json').read_text())
-RELEASE = json.loads((DATA / 'checkpoints.json').read_text())
-CHECKPOINTS = RELEASE['checkpoints']
+with (Path(__file__).parents[1] / 'results/published.csv').open(newline='') as _file:
+    _ROWS = list(csv.DictReader(_file))
+RELEASE = {'commit': _ROWS[0]['url'].split('/')[6]}
+CHECKPOINTS = [
+    {
+        'name': row['model'], 'path': row['url'].split('/', 7)[7], 'git_blob': row['git_blob'],
+        'input_size': int(row['img_size']), 'computed_macs': int(row['macs']),
+        **({'sha384': row['sha384']} if row['sha384'] else {}),
+    } for row in _ROWS
+]
 
 
 def release_state_dict(name: str, dtype: torch.dtype = torch.float64) -> Dict[str, torch.Tensor]:

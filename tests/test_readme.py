@@ -7,7 +7,8 @@ import timm
 import torch
 from pages import assert_equal_to
 from PIL import Image
-from reference import ARCHITECTURES, CHECKPOINTS, release_state_dict
+from reference import release_state_dict
+from script_runner import run_script
 from sklearn.datasets import load_sample_image
 
 ROOT = Path(__file__).parents[1]
@@ -19,14 +20,8 @@ README = PAGES[ROOT / 'README.md']
 
 
 def test_table_of_models():
-    rows = re.findall(r'^\| `(hbonet_\w+\.\w+)` \| (.+) \|$', README, re.MULTILINE)
-    expected = {
-        c['name']: [
-            str(c['input_size']), str(c['top1']), str(c['top5']), f'{c["computed_macs"] / 1e6:.1f}',
-            f'{ARCHITECTURES[c["name"].split(".")[0]]["params"] / 1e6:.2f}']
-        for c in CHECKPOINTS
-    }
-    assert {name: cells.split(' | ') for name, cells in rows} == expected and len(rows) == 19
+    status, table, _ = run_script('publish_to_hub.py', '--table')
+    assert status == 0 and f'\n\n{table}\n' in README
 
 
 def test_code(server, tmp_path, monkeypatch):
@@ -65,9 +60,7 @@ def test_links_and_paths(path):
         assert (ROOT / named).exists(), named
 
 
-def test_picture_of_the_block(monkeypatch):
-    pytest.importorskip('matplotlib', reason="needs matplotlib: pip install -e '.[scripts]'")
-    monkeypatch.syspath_prepend(str(ROOT / 'scripts'))
+def test_picture_of_the_block():
     import draw_block
 
     # section 3 and figure 2 of the paper: contraction by the rate at twice the channels, then half of the output
