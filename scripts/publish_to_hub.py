@@ -238,8 +238,10 @@ def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_dig
 
 def describe(error: BaseException) -> str:
     """One line about an error and its cause, without the token that a request may have had."""
-    errors = [e for e in (error, error.__cause__) if e]
-    message = ' '.join('. '.join(f'{type(e).__name__}: {e}' for e in errors).split())
+    message = str(error) if isinstance(error, BadInput) else f'{type(error).__name__}: {error}'
+    if error.__cause__ and str(error.__cause__) not in message:
+        message += f' ({describe(error.__cause__)})'
+    message = ' '.join(message.split())
     token = get_token()
     return message.replace(token, '***') if token else message
 
@@ -270,6 +272,8 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error('--namespace is required, unless this is a --dry-run')
     if args.file and len(args.only or ()) != 1:
         parser.error('--file needs --only with the one NAME that it is')
+    if args.file and not args.file.is_file():
+        parser.error(f'--file {args.file} is no file')
     if args.allow_unknown_digest and not args.file:
         parser.error('--allow-unknown-digest needs a --file')
 
@@ -280,9 +284,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         try:
             api.whoami()
         except Exception as e:  # the client's HTTP library differs between versions
-            raise BadInput(
-                f'{api.endpoint} was asked whose token this is. {describe(e)} Run `hf auth login`, or set HF_TOKEN to '
-                f'a token with write access.') from None
+            raise BadInput(f'{api.endpoint} was asked whose token this is. {describe(e)}') from None
 
     names, failed = args.only or list(PUBLISHED.index), []
     for name in tqdm(names, unit='model', disable=len(names) == 1):
