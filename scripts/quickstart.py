@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if not torch.allclose(reloaded_logits, logits, rtol=1e-4, atol=1e-4):
             raise BadInput(f'the saved model scores {reloaded_top1:.2f} %, the trained one {top1:.2f} %.')
 
-        draw(test_set, reloaded_logits.softmax(-1).cpu().numpy(), result / 'predictions.png')
+        draw(test_set, reloaded_logits.softmax(-1).cpu().numpy()).savefig(result / 'predictions.png')
         for path in list(result.iterdir()):
             os.replace(path, args.output_dir / path.name)
 
@@ -174,30 +174,27 @@ def fit(
             progress.write(f'Epoch {epoch + 1:2} of {epochs}: loss {losses.avg:.3f}, top-1 held out {top1:.2f} %')
 
 
-def draw(dataset: Digits, probs: np.ndarray, path: Path) -> None:
+def draw(dataset: Digits, probs: np.ndarray) -> Figure:
     """Draw two right predictions of each digit, and below them the mistakes, the most confident first."""
     labels, preds, confidences = dataset.labels, probs.argmax(1), probs.max(1)
     wrong = np.flatnonzero(preds != labels)
     wrong = wrong[np.argsort(-confidences[wrong])]
-    # index of the digit in each place, a row and a column
-    right_places = {
-        (row, digit): index
-        for digit in range(10) for row, index in enumerate(np.flatnonzero((labels == digit) & (preds == digit))[:2])}
-    wrong_places = {(0, column): index for column, index in enumerate(wrong[:10])}
+    right = [np.flatnonzero((labels == digit) & (preds == digit))[:2] for digit in range(10)]
 
     figure = Figure(figsize=(12, 6), dpi=120, layout='constrained')
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1), hspace=0.05)
     upper.suptitle(f'Right: {len(labels) - len(wrong)} of {len(labels)} held-out digits, two of each', fontsize=16)
     lower.suptitle(f'Wrong: {len(wrong)}' + (', the 10 most confident' if len(wrong) > 10 else ''), fontsize=16)
-    for part, rows, places, color in ((upper, 2, right_places, 'darkgreen'), (lower, 1, wrong_places, 'darkred')):
-        for place, axes in np.ndenumerate(part.subplots(rows, 10, squeeze=False)):
+    columns = [*zip(upper.subplots(2, 10).T, right, strict=True), (lower.subplots(1, 10), wrong[:10])]
+    for places, indices in columns:
+        for axes in places:
             axes.axis('off')
-            if place in places:
-                index = places[place]
-                axes.imshow(dataset.images[index], cmap='gray_r')
-                axes.set_title(
-                    f'{labels[index]} read as {preds[index]}\n{confidences[index]:.0%} sure', color=color, fontsize=11)
-    figure.savefig(path)
+        for axes, index in zip(places, indices):  # noqa: B905, there may be fewer
+            axes.imshow(dataset.images[index], cmap='gray_r')
+            axes.set_title(
+                f'{labels[index]} read as {preds[index]}\n{confidences[index]:.0%} sure', fontsize=11,
+                color='darkgreen' if labels[index] == preds[index] else 'darkred')
+    return figure
 
 
 def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> None:
