@@ -109,21 +109,14 @@ def test_converted_model(name, dry_run):
 
 def test_transformers_loads_a_converted_folder(dry_run):
     transformers = pytest.importorskip('transformers', reason='needs pip install -e .[clients]')
-    folder = dry_run / SMALL
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 400, 3), dtype=np.uint8))
-    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    inputs = processor(image, return_tensors='pt')
-    expected = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    transform = create_transform(**resolve_data_config(model=expected))
-    torch.testing.assert_close(inputs['pixel_values'][0], transform(image))
+    model = timm.create_model(f'local-dir:{dry_run / SMALL}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model))
     with torch.inference_mode():
-        expected = expected(transform(image)[None])[0]
-        torch.testing.assert_close(model(**inputs).logits[0], expected)
-    classify = transformers.pipeline('image-classification', model=model, image_processor=processor)
-    found = classify(image, top_k=1)[0]
-    assert found['label'] == ImageNetInfo().index_to_description(int(expected.argmax()))
-    assert found['score'] == pytest.approx(expected.softmax(0).max().item(), rel=1e-4)
+        probs, indices = model(transform(image)[None])[0].softmax(0).topk(3)
+    found = transformers.pipeline('image-classification', model=str(dry_run / SMALL))(image, top_k=3)
+    assert [x['label'] for x in found] == [ImageNetInfo().index_to_description(i) for i in indices.tolist()]
+    assert [x['score'] for x in found] == pytest.approx(probs.tolist(), rel=1e-3)
 
 
 def test_table_has_the_figures_of_the_architectures():
