@@ -1,0 +1,60 @@
+"""Files for GitHub and for citing are valid, and workflows run nothing but steps of .ci/run."""
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))
+
+
+@pytest.mark.parametrize('schema, pattern, count', [
+    ('citation-file-format', 'CITATION.cff', 1),
+    ('github-issue-forms', '.github/ISSUE_TEMPLATE/*.yml', 2),
+    ('github-workflows', '.github/workflows/*.yml', 2),
+])
+def test_valid_by_schema(schema, pattern, count):
+    files = sorted(ROOT.glob(pattern))
+    assert len(files) == count
+    # the schemas are in the package
+    command = [sys.executable, '-m', 'check_jsonschema', '--builtin-schema', f'vendor.{schema}', *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflows_run_steps_of_ci():
+    steps = re.findall(r'^(\w+)\(\) \{', (ROOT / '.ci/run').read_text(encoding='utf-8'), re.MULTILINE)
+    found = set()
+    for path in WORKFLOWS:
+        for job in yaml.safe_load(path.read_text(encoding='utf-8'))['jobs'].values():
+            matrix = job.get('strategy', {}).get('matrix', {})
+            of_matrix = [*matrix.get('steps', []), *(entry['steps'] for entry in matrix.get('include', []))]
+            for command in [step['run'] for step in job.get('steps', []) if 'run' in step]:
+                program, names = re.fullmatch(r'(bash \.ci/run) (.+)', command).groups()
+                found.update(itertools.chain(*(
+                    name.split() for name in (of_matrix if names == '${{ matrix.steps }}' else [names]))))
+    assert found <= set(steps)
+    every_step = re.search(r'^steps=\((.*)\)', (ROOT / '.ci/run').read_text(encoding='utf-8'), re.MULTILINE)[1].split()
+    assert found == {*every_step, 'core_ml'}
+
+
+def test_ci_names_its_steps():
+    done = subprocess.run(['bash', ROOT / '.ci/run', 'lint', 'tests'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"\.ci/run: error: there is no step 'tests', choose from: readme_tests lint .+\n", done.stderr)
+
+
+def test_citation_is_that_of_readme():
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    entry = dict(re.findall(r'^  (\w+) = \{(.*)\},?$', readme, re.MULTILINE))
+    paper = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))['preferred-citation']
+    assert entry == {
+        'title': paper['title'],
+        'author': ' and '.join(f'{author["family-names"]}, {author["given-names"]}' for author in paper['authors']),
+        'booktitle': paper['collection-title'],
+        'year': str(paper['year']),
+    }
