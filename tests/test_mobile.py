@@ -157,12 +157,14 @@ def network():
 def test_page(server, folder, network, runtime):
     need('timmx', *MODULES[runtime])
     output = run_commands(runtime, folder)
-    if runtime == 'Core ML':  # runs on macOS
+    if runtime == 'Core ML':
         assert 'saved' in output and Path('hbonet_100.mlpackage').is_dir()
-        return
+        if sys.platform != 'darwin':
+            pytest.skip('Core ML predicts on macOS only, here it converted')
     image = images(1, 3, 224, 224, dtype=torch.float32)
     page = pages.run_page('mobile.md', runtime, image=image)
-    assert_equal_to(torch.as_tensor(page['logits']).reshape(1, -1), network(image), 1e-4)
+    logits = torch.as_tensor(page['logits']).reshape(1, -1)
+    assert_equal_to(logits, network(image), 1e-3 if runtime == 'Core ML' else 1e-4)
 
 
 def test_page_without_timmx(server, network):
