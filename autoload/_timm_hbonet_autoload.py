@@ -5,8 +5,7 @@ from Python 3.15 on) and must not pay for the import of the package. `TIMM_HBONE
 """
 import os
 import sys
-
-__all__ = ['install']
+from _thread import get_ident  # of threading, which start-up need not pay for
 
 
 def _register() -> None:
@@ -37,15 +36,11 @@ class _TimmLoader:
         self._loader = loader
 
     def __getattr__(self, name):
-        if name == '_loader':  # a copy has none at first
-            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module):
         # the program finds timm as if it had been imported without this
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
+        module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()
 
@@ -58,22 +53,18 @@ class _TimmFinder:
     """
 
     def __init__(self):
-        self._threads = set()
+        self._threads = set()  # that ask the other finders
 
     def find_spec(self, name, path=None, target=None):
-        if name != 'timm' or name in sys.modules:
+        if name != 'timm' or name in sys.modules or get_ident() in self._threads:
             return None
 
-        import importlib.util
-        import threading
-        thread = threading.get_ident()
-        if thread in self._threads:
-            return None  # asked by the call below
-        self._threads.add(thread)
+        from importlib.util import find_spec
+        self._threads.add(get_ident())
         try:
-            spec = importlib.util.find_spec(name)
+            spec = find_spec(name)
         finally:
-            self._threads.remove(thread)
+            self._threads.remove(get_ident())
 
         if hasattr(getattr(spec, 'loader', None), 'exec_module'):
             spec.loader = _TimmLoader(spec.loader)
@@ -84,5 +75,5 @@ def install() -> None:
     """Have the models registered at every import of timm, at once if that has been imported."""
     if not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TimmFinder())
-    if sys.modules.get('timm') is not None:
+    if sys.modules.get('timm'):
         _register()
