@@ -17,6 +17,7 @@ from pages import assert_equal_to
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from timm.utils import accuracy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torchvision.transforms.v2.functional import normalize, resize
 
@@ -77,35 +78,10 @@ def test_segmentation_models(folder, photos, feature_maps):
         page['smp'].DeepLabV3Plus(f'tu-{NAME}', encoder_weights=None, encoder_output_stride=8)
 
 
-def test_segmentation_model_learns(folder, photos):
-    need('segmentation_models_pytorch')
-    import segmentation_models_pytorch as smp
-
-    torch.manual_seed(0)
-    images = resize(photos, [64, 96])
-    # the brighter half of the pixels
-    brightness = images.mean(1, keepdim=True)
-    target = (brightness > brightness.flatten(1).median(1).values[:, None, None, None]).float()
-    unet = smp.Unet('tu-hbonet_025', encoder_weights=True, decoder_channels=(32, 24, 16, 8, 8))
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
-
-    losses = []
-    for _ in range(15):
-        loss = F.binary_cross_entropy_with_logits(unet(images), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def test_transformers(folder, photos, model, feature_maps):
     need('transformers')
     images = resize(photos, [97, 131])
-
     photo = Image.fromarray(load_sample_images().images[0])
-
     page = run_page('transformers', images=images, photo=photo)
 
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -113,6 +89,8 @@ def test_transformers(folder, photos, model, feature_maps):
     assert page['backbone'].channels == [72, 96, 144, 400]
     assert len(page['feature_maps']) == 4
     for found, expected in zip(page['feature_maps'], feature_maps(images)[1:], strict=True):
+        assert_equal_to(found, expected)
+    for found, expected in zip(page['detr'].model.backbone.model(images), feature_maps(images)[2:], strict=True):
         assert_equal_to(found, expected)
 
 
@@ -181,6 +159,28 @@ def test_grad_cam(folder, photos, model):
     expected = F.interpolate(expected[:, None], size=(224, 224), mode='bilinear')[:, 0]
     low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
     assert_equal_to(heatmaps, (expected - low) / (high - low), 1e-3)
+
+
+def test_torch_pruning(folder, photos, model):
+    need('torch_pruning')
+    images = resize(photos, [96, 96])
+    page = run_page('Torch-Pruning', images=images)
+    pruned, tp = page['model'], page['tp']
+    macs = [tp.utils.count_ops_and_params(m, images[:1])[0] for m in (model, pruned)]
+    assert macs == [pytest.approx(58.0e6, abs=1e5), pytest.approx(42.5e6, abs=1e5)]
+
+    # channels that are gone are as channels of zeros
+    importance = tp.importance.MagnitudeImportance()
+    ignored = [model.get_submodule(name) for name, m in pruned.named_modules() if m in page['ignored']]
+    pruner = tp.pruner.MagnitudePruner(model, images, importance, pruning_ratio=0.3, ignored_layers=ignored)
+    for group in pruner.step(interactive=True):
+        for dependency, channels in group:
+            layer = dependency.target.module
+            if dependency.handler.__name__.startswith('prune_out') and isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+                layer.weight.data[channels] = 0
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.bias.data[channels] = layer.running_mean[channels] = 0
+    assert_equal_to(pruned(images), model(images))
 
 
 def test_torchmetrics(folder, photos, model):
