@@ -21,7 +21,7 @@ from script_utils import BadInput, requirements, run_script
 from timm.models import save_for_hf
 
 from timm_hbonet import __version__
-from timm_hbonet.releases import check_release, download_release
+from timm_hbonet.weights import download_release, verify_release
 
 with requirements():
     import pandas as pd
@@ -199,11 +199,14 @@ def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_dig
     Raises:
         BadInput: If the checkpoint is not the authors', cannot be loaded, or does not load again as it was.
     """
-    problem = check_release(path, name)
-    if problem and not allow_unknown_digest:
-        raise BadInput(
-            f"{path} is not the authors' file of {name}: {problem}. Use that of {PUBLISHED.loc[name, 'url']}, or, if "
-            f"you trust this one, --allow-unknown-digest.")
+    try:
+        is_release = bool(verify_release(path, name))
+    except ValueError as e:
+        is_release = False
+        if not allow_unknown_digest:
+            raise BadInput(
+                f"{path} is not the authors' file of {name}: {e}. Use that of {PUBLISHED.loc[name, 'url']}, or, if "
+                f"you trust this one, --allow-unknown-digest.") from None
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
     except Exception as e:  # timm, torch and safetensors have errors of their own
@@ -224,7 +227,7 @@ def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_dig
     config = json.loads((folder / 'config.json').read_text())
     config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
-    make_card(name, repo_id, is_release=not problem).save(folder / 'README.md')
+    make_card(name, repo_id, is_release=is_release).save(folder / 'README.md')
     save_file(
         {'input': images, **{k: v.float() for k, v in outputs.items()}}, folder / 'test/rand_tensors.safetensors')
     for file in folder.rglob('*.safetensors'):

@@ -51,8 +51,7 @@ def write_digests() -> None:
 
 def use() -> None:
     """Have this process find the stand-ins where the release is."""
-    from timm_hbonet import releases
+    from timm_hbonet import weights
 
-    releases.GIT_BLOBS.update(json.loads(Path(os.environ['TEST_RELEASE_DIGESTS']).read_text()))
-    releases.SHA384.clear()
+    weights.GIT_BLOBS.update(json.loads(Path(os.environ['TEST_RELEASE_DIGESTS']).read_text()))
     urllib.request.install_opener(urllib.request.build_opener(_Redirect()))

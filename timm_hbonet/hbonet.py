@@ -11,6 +11,7 @@ https://github.com/d-li14/HBONet
 import copy
 import math
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -30,12 +31,12 @@ from timm.layers import (
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
+from timm.utils import natural_key
 from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .export import add_expanded, expand, exports_program, is_known, pad_to_even
-from .pretrained import build_model_with_cfg
-from .releases import checkpoint_filter_fn, rename_release
+from .weights import build_model_with_cfg
 
 __all__ = ['HBONet']
 
@@ -446,6 +447,41 @@ class HBONet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename the tensors of the release's layout to those of a network, in place. A hook of `load_state_dict`."""
+    if f'{prefix}features.0.0.weight' not in state_dict:
+        return
+    if model.spatial_expansion != 'nearest':
+        raise RuntimeError(
+            f"The released weights need spatial_expansion='nearest', got {model.spatial_expansion!r}. "
+            f'Use that, or train this model from scratch.')
+    features, head = f'{prefix}features.', f'{prefix}conv.'
+    theirs = {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))}
+    theirs = sorted(theirs, key=lambda k: (k.startswith(head), natural_key(k)))
+    ours = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, ConvNormAct)]
+    ours = [f'{k}.{layer}' for k in ours for layer in ('conv', 'bn')]
+    if isinstance(model.conv_head, nn.Identity):  # pruned to its first layers
+        del theirs[len(ours):]
+    tensors = {**state_dict, **model.state_dict(prefix=prefix)}
+    kernels = {k: v.shape[2:] for k, v in tensors.items() if k.endswith('.weight')}
+    for found, expected in zip_longest(theirs, ours):
+        if kernels.get(f'{found}.weight') != kernels.get(f'{expected}.weight'):
+            raise RuntimeError(
+                f'The checkpoint is of another network: it has {found or "nothing"} where {expected or "nothing"} '
+                f'should be.')
+    names = dict(zip(theirs, ours, strict=True))
+    for key in list(state_dict):
+        layer, _, tensor = key.rpartition('.')
+        state_dict[f'{names[layer]}.{tensor}' if layer in names else key] = state_dict.pop(key)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HBONet) -> Dict[str, Any]:
+    """Rename the tensors of the release's layout, of which timm adapts stem and classifier by their names in ours."""
+    state_dict = dict(state_dict)
+    rename_release(model, state_dict, '')
+    return state_dict
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Where published weights come from: the Hugging Face Hub, else the authors' release, verified."""
+import hashlib
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Dict, Optional, Union
+from urllib.request import urlopen
+
+import timm.models
+import torch
+from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import OfflineModeIsEnabled, RepositoryNotFoundError, tqdm
+
+_logger = logging.getLogger(__name__)
+
+# SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
+GIT_BLOBS: Dict[str, str] = {
+    'hbonet_100.in1k': '7414b8c39d9e82b8d4922086c4f99e9ac9e384f6',
+    'hbonet_080.in1k': 'c46ebaf81af544b59c31497ec22f6b71210e07d4',
+    'hbonet_050.in1k': '314ef51c531bad4fb76ea8eb0ace01b364a68ac1',
+    'hbonet_035.in1k': 'c9f111a1e9a2b144282472a4ff9cb6f6f3f1e664',
+    'hbonet_025.in1k': '594ab57232e911dbf8143e31d14a02bcfaee2171',
+    'hbonet_010.in1k': 'b3d6c5d058e4a42e23bbfe354dfe4e28f945a6a5',
+    'hbonet_080.r192_in1k': '8bbabc116ddfcd4a5084f43d5b37bd5376f4edde',
+    'hbonet_080.r160_in1k': '41c5f1023a3338a87efcb4620ee07135802c9cf2',
+    'hbonet_080.r128_in1k': '40c3724180e00e9f4500a6a5fedb368ea82b55c3',
+    'hbonet_080.r96_in1k': 'b145d76e9281b93720a9c18305d04003900844be',
+    'hbonet_035.r192_in1k': '383337af685b2e100bf7928c609f84fc69da1843',
+    'hbonet_035.r160_in1k': '7a640d3859b50f1e2bd30c7169b3de1065485f6d',
+    'hbonet_035.r128_in1k': '3e630e41efe98877465ebbe302ce1fda8b7f5a94',
+    'hbonet_035.r96_in1k': '7573489c50d0e7dcc698d209acab606e07f2cc76',
+    'hbonet_050_d8.in1k': '0b6d5fa2f7534b952d3b6e8857401be9f8a648e9',
+    'hbonet_060.r192_in1k': '8980e46f7e2a3479b98d2ee81f5a7a863397d014',
+    'hbonet_025_d8.in1k': '21d65af0058a11e626adaeb4d4f5c842ddfe466c',
+    'hbonet_025_4x_d8.in1k': '3162e5b2d91c07858786619a0d90d5d28f6ecce0',
+    'hbonet_025_8x_d8.in1k': 'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
+}
+
+
+def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **kwargs: Any) -> torch.nn.Module:
+    """Build a model as timm's function does, the weights of a registered cfg by `find_weights`."""
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    name = f'{cfg.architecture}.{cfg.tag}'
+    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+    if not pretrained or name not in GIT_BLOBS or any(
+            getattr(cfg, k) != getattr(timm.models.get_pretrained_cfg(name), k) for k in sources):
+        return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    if kwargs.get('spatial_expansion') == 'deconv':
+        raise ValueError(f"The weights of {name} need spatial_expansion='nearest', got 'deconv'.")
+    kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': find_weights(name, kwargs.get('cache_dir'))}
+    model = timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    for module in model.modules():  # features can be a model around a model
+        getattr(module, 'pretrained_cfg', {}).pop('file', None)  # other machines do not have it
+    return model
+
+
+def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
+    """Get a file with the weights of a tag ('hbonet_100.in1k'): the cached release, else the Hub's, else the release.
+
+    Raises ValueError for a wrong TIMM_HBONET_HUB_NAMESPACE in the environment, RuntimeError if no source has the file.
+    """
+    namespace = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
+    if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*(@[^@\s]+)?', namespace):
+        raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {namespace!r}.")
+    repo, path = '/'.join([namespace.partition('@')[0], name]), get_release_path(name, cache_dir)
+    revision = namespace.partition('@')[2] or None
+    sources = (
+        (path, lambda: verify_release(path, name)),
+        (f'{repo} on {constants.ENDPOINT}', lambda: _download_from_hub(repo, revision, cache_dir)),
+        (f"the authors' release, to {path}", lambda: download_release(name, cache_dir)),
+    )
+    tried = []
+    for source, get in sources[namespace != 'timm':]:  # another namespace can have other weights than the release
+        try:
+            return str(get())
+        except Exception as e:  # the Hub's client raises what its HTTP library does, which differs between versions
+            tried.append(f'{source}: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
+            is_usual = namespace == 'timm' and isinstance(e, (FileNotFoundError, RepositoryNotFoundError))
+            _logger.log(logging.INFO if is_usual else logging.WARNING, f'No weights of {name} from {tried[-1]}')
+    raise RuntimeError('\n'.join([
+        f'Found no weights for {name}. Tried, in this order:', *(f'{i}. {s}' for i, s in enumerate(tried, 1)),
+        "Set TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, `pretrained_cfg_overlay=dict(file='...')`"
+        ' to a file, or `cache_dir`, or TORCH_HOME and HF_HOME, to a folder that is not read-only or full.']))
+
+
+def _download_from_hub(repo: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
+    files = ('model.safetensors', 'pytorch_model.bin')
+    cached = [f for f in files if isinstance(try_to_load_from_cache(repo, f, cache_dir, revision), str)]
+    # asked first, as a download tries for minutes before it gives up on a Hub that does not answer
+    file = cached[0] if cached else files[not file_exists(repo, files[0], revision=revision)]
+    return hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir)
+
+
+def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Where the checkpoint `name` is kept, by default in torch.hub's folder, under a name of our own."""
+    url = Path(timm.models.get_pretrained_cfg(name).url)
+    return Path(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'), f'{url.stem}-{GIT_BLOBS[name][:8]}.pth')
+
+
+def verify_release(path: Path, name: str) -> Path:
+    """Returns the path of a file, unopened, if it is the checkpoint `name`. ValueError or OSError if not."""
+    content = path.read_bytes()
+    blob = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    if blob != GIT_BLOBS[name]:
+        raise ValueError(f'the git blob id is {blob}, not {GIT_BLOBS[name]}, of {len(content)} bytes: {content[:20]!r}')
+    return path
+
+
+def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Get the checkpoint `name`, verified, from the cache or the authors' repository. Nothing is left if that fails."""
+    path, url = get_release_path(name, cache_dir), timm.models.get_pretrained_cfg(name).url
+    with suppress(FileNotFoundError, ValueError):  # what is damaged is replaced, what may not be read is not
+        return verify_release(path, name)
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled(f'HF_HUB_OFFLINE is set, {url} is not asked')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f'{path.name}.', dir=path.parent) as scratch:
+        file = Path(scratch, path.name)
+        with urlopen(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response, file.open('wb') as f:
+            with tqdm.wrapattr(f, 'write', total=response.length, desc=path.name) as progress:
+                shutil.copyfileobj(response, progress)
+        os.replace(verify_release(file, name), path)
+    return path
