@@ -10,13 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, Optional, Union
 from urllib.request import urlopen
 
-import timm.models
 import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import OfflineModeIsEnabled, RepositoryNotFoundError, tqdm
+from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
+from timm import models
 
 _logger = logging.getLogger(__name__)
-
 # SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
 GIT_BLOBS: Dict[str, str] = {
     'hbonet_100.in1k': '7414b8c39d9e82b8d4922086c4f99e9ac9e384f6',
@@ -42,63 +41,56 @@ GIT_BLOBS: Dict[str, str] = {
 
 
 def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **kwargs: Any) -> torch.nn.Module:
-    """Build a model as timm's function does, the weights of a registered cfg by `find_weights`."""
-    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
-    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    name = f'{cfg.architecture}.{cfg.tag}'
-    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+    """Build a model as timm's function does, the weights of a cfg as registered from where `find_weights` has them."""
+    cfg = models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    name, sources = f'{cfg.architecture}.{cfg.tag}', ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
     if not pretrained or name not in GIT_BLOBS or any(
-            getattr(cfg, k) != getattr(timm.models.get_pretrained_cfg(name), k) for k in sources):
-        return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+            getattr(cfg, k) != getattr(models.get_pretrained_cfg(name), k) for k in sources):
+        return models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     if kwargs.get('spatial_expansion') == 'deconv':
         raise ValueError(f"The weights of {name} need spatial_expansion='nearest', got 'deconv'.")
-    kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': find_weights(name, kwargs.get('cache_dir'))}
-    model = timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    cfg.file = find_weights(name, kwargs.get('cache_dir'))
+    kwargs.update(pretrained_cfg=cfg, pretrained_cfg_overlay=None)
+    model = models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     for module in model.modules():  # features can be a model around a model
         getattr(module, 'pretrained_cfg', {}).pop('file', None)  # other machines do not have it
     return model
 
 
 def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str:
-    """Get a file with the weights of a tag ('hbonet_100.in1k'): the cached release, else the Hub's, else the release.
-
-    Raises ValueError for a wrong TIMM_HBONET_HUB_NAMESPACE in the environment, RuntimeError if no source has the file.
-    """
+    """Get a file with the weights of a tag ('hbonet_100.in1k'). RuntimeError, with all that was tried, if none has."""
     namespace = os.environ.get('TIMM_HBONET_HUB_NAMESPACE') or 'timm'
-    if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*(@[^@\s]+)?', namespace):
+    if not (match := re.fullmatch(r'([A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*)(?:@([^@\s]+))?', namespace)):
         raise ValueError(f"TIMM_HBONET_HUB_NAMESPACE must be 'ORG' or 'ORG@REVISION', got {namespace!r}.")
-    repo, path = '/'.join([namespace.partition('@')[0], name]), get_release_path(name, cache_dir)
-    revision = namespace.partition('@')[2] or None
+    repo, revision, path = f'{match[1]}/{name}', match[2], get_release_path(name, cache_dir)
     sources = (
         (path, lambda: verify_release(path, name)),
         (f'{repo} on {constants.ENDPOINT}', lambda: _download_from_hub(repo, revision, cache_dir)),
         (f"the authors' release, to {path}", lambda: download_release(name, cache_dir)),
     )
-    tried = []
+    lines = [f'Found no weights for {name}. Tried, in this order:']
     for source, get in sources[namespace != 'timm':]:  # another namespace can have other weights than the release
         try:
             return str(get())
         except Exception as e:  # the Hub's client raises what its HTTP library does, which differs between versions
-            tried.append(f'{source}: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
-            is_usual = namespace == 'timm' and isinstance(e, (FileNotFoundError, RepositoryNotFoundError))
-            _logger.log(logging.INFO if is_usual else logging.WARNING, f'No weights of {name} from {tried[-1]}')
-    raise RuntimeError('\n'.join([
-        f'Found no weights for {name}. Tried, in this order:', *(f'{i}. {s}' for i, s in enumerate(tried, 1)),
-        "Set TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, `pretrained_cfg_overlay=dict(file='...')`"
-        ' to a file, or `cache_dir`, or TORCH_HOME and HF_HOME, to a folder that is not read-only or full.']))
+            lines.append(f'{len(lines)}. {source}: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
+            # none published there yet is no fault, to strangers the Hub calls that an invalid username
+            is_usual = namespace == 'timm' and re.search('FileNotFound|RepositoryNotFound|Invalid username', lines[-1])
+            _logger.log(logging.INFO if is_usual else logging.WARNING, f'No weights of {name} from {lines[-1][3:]}')
+    raise RuntimeError('\n'.join([*lines, 'Set TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, or '
+        "`cache_dir` to a folder that can be written, or `pretrained_cfg_overlay=dict(file='...')` to a file."]))
 
 
 def _download_from_hub(repo: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
     files = ('model.safetensors', 'pytorch_model.bin')
-    cached = [f for f in files if isinstance(try_to_load_from_cache(repo, f, cache_dir, revision), str)]
-    # asked first, as a download tries for minutes before it gives up on a Hub that does not answer
-    file = cached[0] if cached else files[not file_exists(repo, files[0], revision=revision)]
+    cached = next((f for f in files if isinstance(try_to_load_from_cache(repo, f, cache_dir, revision), str)), None)
+    file = cached or files[not file_exists(repo, files[0], revision=revision)]  # without this, retries take minutes
     return hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir)
 
 
 def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
     """Where the checkpoint `name` is kept, by default in torch.hub's folder, under a name of our own."""
-    url = Path(timm.models.get_pretrained_cfg(name).url)
+    url = Path(models.get_pretrained_cfg(name).url)
     return Path(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'), f'{url.stem}-{GIT_BLOBS[name][:8]}.pth')
 
 
@@ -113,7 +105,7 @@ def verify_release(path: Path, name: str) -> Path:
 
 def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
     """Get the checkpoint `name`, verified, from the cache or the authors' repository. Nothing is left if that fails."""
-    path, url = get_release_path(name, cache_dir), timm.models.get_pretrained_cfg(name).url
+    path, url = get_release_path(name, cache_dir), models.get_pretrained_cfg(name).url
     with suppress(FileNotFoundError, ValueError):  # what is damaged is replaced, what may not be read is not
         return verify_release(path, name)
     if constants.HF_HUB_OFFLINE:
