@@ -97,6 +97,8 @@ def test_converted_model(name, dry_run):
     size = PUBLISHED.loc[name, 'img_size']
     case = reference.find_case(name, size, size)
     tensors = load_file(dry_run / name / 'test/rand_tensors.safetensors')
+    weights = load_file(dry_run / name / 'model.safetensors')
+    assert torch.equal(weights['classifier.bias'], reference.release_state_dict(name, torch.float32)['classifier.bias'])
     with torch.inference_mode():
         reference.assert_close(model(reference.case_input(case, torch.float32)), case['logits'], 1e-4)
         images = tensors.pop('input').double()
