@@ -199,8 +199,9 @@ def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_dig
     Raises:
         BadInput: If the checkpoint is not the authors', cannot be loaded, or does not load again as it was.
     """
+    is_release = True
     try:
-        is_release = bool(verify_release(path, name))
+        verify_release(path, name)
     except ValueError as e:
         is_release = False
         if not allow_unknown_digest:

@@ -67,8 +67,7 @@ def release_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
         monkeypatch.setenv(name, folder)
     _SERVER.reset()
     for entry in reference.CHECKPOINTS:
-        path = f'/d-li14/HBONet/raw/{reference.RELEASE["commit"]}/{entry["path"]}'
-        _SERVER.pages[path] = release_file(entry['name'])
+        _SERVER.pages['/' + entry['url'].removeprefix(stand_ins.GITHUB)] = release_file(entry['model'])
     return _SERVER
 
 
@@ -76,7 +75,7 @@ def release_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
 def server(release_site: HubServer) -> HubServer:
     """The server, with weights of all 19 on the Hub for `pretrained=True` in this process and in others."""
     for entry in reference.CHECKPOINTS:
-        release_site.add_repository(f'timm/{entry["name"]}', {'pytorch_model.bin': release_file(entry['name'])})
+        release_site.add_repository(f'timm/{entry["model"]}', {'pytorch_model.bin': release_file(entry['model'])})
     return release_site
 
 

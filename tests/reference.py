@@ -15,15 +15,8 @@ import torch
 DATA = Path(__file__).parent / 'data'
 ARCHITECTURES = json.loads((DATA / 'hbonet_reference.json').read_text())
 with (Path(__file__).parents[1] / 'results/published.csv').open(newline='') as _file:
-    _ROWS = list(csv.DictReader(_file))
-RELEASE = {'commit': _ROWS[0]['url'].split('/')[6]}
-CHECKPOINTS = [
-    {
-        'name': row['model'], 'path': row['url'].split('/', 7)[7], 'git_blob': row['git_blob'],
-        'input_size': int(row['img_size']), 'computed_macs': int(row['macs']),
-        **({'sha384': row['sha384']} if row['sha384'] else {}),
-    } for row in _ROWS
-]
+    CHECKPOINTS = [
+        {**row, 'img_size': int(row['img_size']), 'macs': int(row['macs'])} for row in csv.DictReader(_file)]
 
 
 def release_state_dict(name: str, dtype: torch.dtype = torch.float64) -> Dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ def release_file(name: str) -> bytes:
 
 def write_digests() -> None:
     """Write the file of digests."""
-    digests = {entry['name']: git_blob_id(release_file(entry['name'])) for entry in reference.CHECKPOINTS}
+    digests = {entry['model']: git_blob_id(release_file(entry['model'])) for entry in reference.CHECKPOINTS}
     Path(os.environ['TEST_RELEASE_DIGESTS']).write_text(json.dumps(digests))
 
 

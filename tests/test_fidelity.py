@@ -64,9 +64,9 @@ def test_parameters(name):
 
 def test_releases_are_evaluated_at_sizes_of_known_macs():
     for checkpoint in CHECKPOINTS:
-        height, width = timm.get_pretrained_cfg(checkpoint['name']).input_size[1:]
-        macs = ARCHITECTURES[checkpoint['name'].split('.')[0]]['macs']
-        assert macs[f'{height}x{width}'] == checkpoint['computed_macs']
+        height, width = timm.get_pretrained_cfg(checkpoint['model']).input_size[1:]
+        macs = ARCHITECTURES[checkpoint['model'].split('.')[0]]['macs']
+        assert macs[f'{height}x{width}'] == checkpoint['macs']
 
 
 def test_names_read_like_the_figure():

@@ -32,7 +32,7 @@ from timm.models import get_pretrained_cfg
 import timm_hbonet
 from timm_hbonet.weights import GIT_BLOBS, download_release, find_weights, get_release_path, verify_release
 
-NAMES = [entry['name'] for entry in reference.CHECKPOINTS]
+NAMES = [entry['model'] for entry in reference.CHECKPOINTS]
 NAME = 'hbonet_010.in1k'  # the smallest
 HUB_ID = f'timm/{NAME}'
 RELEASE_FILE = '/d-li14/HBONet/raw/*/hbonet_0_1.pth'
@@ -78,10 +78,10 @@ def publish(server, changes=(), repo_id=HUB_ID, revision='main'):
 
 def test_each_tag_has_a_complete_config():
     for entry in reference.CHECKPOINTS:
-        cfg, size = get_pretrained_cfg(entry['name']), entry['input_size']
-        assert f'{cfg.architecture}.{cfg.tag}' == entry['name']
-        assert cfg.hf_hub_id == f'timm/{entry["name"]}'
-        assert cfg.url == f'https://github.com/d-li14/HBONet/raw/{reference.RELEASE["commit"]}/{entry["path"]}'
+        cfg, size = get_pretrained_cfg(entry['model']), entry['img_size']
+        assert f'{cfg.architecture}.{cfg.tag}' == entry['model']
+        assert cfg.hf_hub_id == f'timm/{entry["model"]}'
+        assert cfg.url == entry['url']
         assert cfg.input_size == (3, size, size) and cfg.pool_size == (size // 32, size // 32)
         assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes) == (0.875, 'bilinear', 1000)
         assert cfg.mean == (0.485, 0.456, 0.406) and cfg.std == (0.229, 0.224, 0.225)
@@ -520,7 +520,7 @@ def test_package_in_a_zip_on_a_machine_without_network(server, run_python, tmp_p
     assert server.count() == requests
     tags, git_blobs, *files = json.loads(result.stdout)
     assert sorted(tags) == sorted(NAMES) and files == [on_hub, released]
-    assert git_blobs == {entry['name']: entry['git_blob'] for entry in reference.CHECKPOINTS}
+    assert git_blobs == {entry['model']: entry['git_blob'] for entry in reference.CHECKPOINTS}
     assert re.search(r'RuntimeError: (.|\n)*\n2. .*OfflineMode.*\n3. .*OfflineMode', result.stderr)
 
 

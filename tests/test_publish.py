@@ -268,7 +268,8 @@ def test_token_that_is_missing_or_expired_is_told_before_anything_is_done(server
     (['--dry-run', 'out', '--only', NAME, '--file', 'nowhere.pth'], '--file nowhere.pth is no file'),
     (['--dry-run', 'out', '--only', NAME, '--allow-unknown-digest'], 'needs a --file'),
 ])
-def test_options_that_do_not_fit(args, message, server):
+def test_options_that_do_not_fit(args, message, server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     status, _, err = run(*args)
     assert status == 2 and re.search(message, error_line(err)) and server.count() == 0
 
