@@ -401,7 +401,9 @@ def test_other_versions_of_the_digests_have_files_of_their_own(server, tmp_path,
 @contextlib.contextmanager
 def ordinary_user():
     """Root may write anywhere."""
-    is_root = getattr(os, 'geteuid', lambda: 1)() == 0
+    if os.name == 'nt':
+        pytest.skip('the permissions of a file are those of Unix')
+    is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
     try:
