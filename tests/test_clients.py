@@ -181,6 +181,7 @@ def test_torch_pruning(folder, photos, model):
                 if isinstance(layer, nn.BatchNorm2d):
                     layer.bias.data[channels] = layer.running_mean[channels] = 0
     assert_equal_to(pruned(images), model(images))
+    assert_equal_to(timm.utils.reparameterize_model(pruned)(images), model(images))
 
 
 def test_torchmetrics(folder, photos, model):
