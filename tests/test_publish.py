@@ -301,16 +301,6 @@ def test_file_that_is_not_the_checkpoint(convert, tmp_path, content, args, messa
     assert not list((tmp_path / 'out').iterdir())
 
 
-def test_file_runs_no_code(convert, tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return open, (str(tmp_path / 'executed'), 'w')
-
-    torch.save({'features.0.0.weight': Malicious()}, tmp_path / 'malicious.pth')
-    status, _, err = convert((tmp_path / 'malicious.pth').read_bytes(), UNKNOWN)
-    assert status == 1 and 'cannot be loaded' in err and not (tmp_path / 'executed').exists()
-
-
 def test_card_of_an_unknown_file_claims_no_accuracy(convert, tmp_path):
     torch.save({'state_dict': reference.release_state_dict(NAME, torch.float32)}, tmp_path / 'own.pth')
     assert convert((tmp_path / 'own.pth').read_bytes(), UNKNOWN)[0] == 0
