@@ -14,7 +14,7 @@ from networks import (
     images,
     needs_dynamic_export,
     needs_onnx_exporter,
-    needs_torch,
+    needs_program_export,
 )
 from reference import ARCHITECTURES, release_state_dict
 from timm.layers import (
@@ -29,8 +29,8 @@ from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from timm_hbonet.hbonet import InvertedResidual
-from timm_hbonet.inference import InferenceStages
+from timm_hbonet.blocks import InvertedResidual, SpatialExpansion
+from timm_hbonet.inference import InferenceExpansion, InferenceStages
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d)
 # one block a stage, which has all kinds of blocks
@@ -57,17 +57,17 @@ def check_graph(model, *sizes):
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_architectures(name):
-    model = create_network(name)
-    for multiple, size in ((1, (33, 47)), (8, (64, 64)), (16, (97, 111))):
-        model.blocks.channel_multiple = multiple
-        graph = check_graph(model, size)
-        convs = [m for block in graph.blocks[4].blocks[1:] for m in block.modules() if isinstance(m, nn.Conv2d)]
-        assert convs and all(m.out_channels % multiple == 0 for m in convs)
+    graph = check_graph(create_network(name), (64, 64), (97, 111))
+    # quantizers divide by the largest weight of an output channel
+    convs = [m for m in graph.modules() if isinstance(m, nn.Conv2d)]
+    assert all((m.weight.flatten(1).abs().amax(1) > 0).all() for m in convs)
+    convs = [m for m in graph.blocks[4].modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.in_channels % 8 == m.out_channels % 8 == 0 for m in convs)
 
 
 @pytest.mark.parametrize('kwargs', [
     dict(spatial_expansion='deconv'),
-    dict(spatial_expansion='bilinear', rates=(4, 8, 2, 4, 8)),
+    dict(rates=(4, 8, 2, 4, 8)),
     dict(spatial_expansion='deconv', rates=(8, 2, 4, 4, 2)),
     dict(width=0.77, divisor=1),  # halves of different widths
     dict(width=0.31, divisor=3, depths=(2, 3, 1, 2, 3, 2, 2, 1, 2), rates=(2, 8, 4, 4, 2)),
@@ -88,9 +88,25 @@ def test_sizes(size):
     check_graph(create_network('hbonet_025_8x_d8', spatial_expansion='deconv'), size)
 
 
-@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
+@pytest.mark.parametrize('convert', [
+    convert_sync_batchnorm, freeze_batch_norm_2d, nn.SyncBatchNorm.convert_sync_batchnorm])
 def test_other_batch_norms(convert):
+    # of torch's conversion, timm's activations are children that are not called
     check_graph(convert(create_network()), (64, 64))
+
+
+class Halved(BatchNormAct2d):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def test_norms_of_unknown_types_stay():
+    model, image = create_network(), images(2, 3, 64, 64)
+    for layer in (model.conv_stem, model.blocks[3][1].conv_dw, model.blocks[8][0].conv_pwl):
+        layer.bn.__class__ = Halved
+    graph = reparameterize_model(model)
+    assert_equal(graph(image), model(image))
+    assert [type(m) for m in graph.modules() if isinstance(m, NORMS)] == [Halved] * 3
 
 
 def test_other_norms_stay():
@@ -213,6 +229,20 @@ def test_pruned(prune_first):
         assert_equal(graph(image), expected)
 
 
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+def test_intermediates_keep_the_memory_format(memory_format):
+    graph = reparameterize_model(create_network('hbonet_050')).to(memory_format=memory_format)
+    image = images(2, 3, 64, 64).to(memory_format=memory_format)
+    for tap in graph.forward_intermediates(image, intermediates_only=True):
+        assert tap.is_contiguous(memory_format=memory_format)
+
+
+def test_slice_of_stages():
+    model = create_network()
+    graph, x = reparameterize_model(model), model.blocks[:2](model.conv_stem(images(2, 3, 64, 64)))
+    assert_equal(graph.blocks[2:4](x), model.blocks[2:4](x))
+
+
 def test_state_dict_and_copies():
     graph, image = reparameterize_model(create_network()), images(2, 3, 64, 64)
     other = reparameterize_model(timm.create_model('hbonet_010', dtype=torch.float64).eval())
@@ -245,15 +275,28 @@ def test_export_of_dynamic_size(kwargs):
         assert_equal(program(images(*shape)), model(images(*shape)))
 
 
-@needs_torch('2.7', 'torch.compiler.is_exporting')
-@pytest.mark.parametrize('size', [(64, 96), (65, 47)], ids=str)
-def test_exported_program_can_be_quantized(size):
-    """PT2E's quantizers give no range to `pad`, and XNNPACK and LiteRT refuse one that changes the range."""
-    model, image = create_network(**SHORT), images(2, 3, *size)
-    for network in (model, reparameterize_model(model)):
-        program = torch.export.export(network, (image,))
-        assert not [node for node in program.graph.nodes if '.pad.' in str(node.target) or 'upsample' in node.name]
-        assert_equal(program.module()(image), model(image))
+@needs_program_export
+@pytest.mark.parametrize('size', [(64, 96), (65, 47), (3, 50)], ids=str)
+def test_exported_program_is_for_xnnpack(size):
+    model, image = create_network(rates=(8, 4, 2, 2, 2), **SHORT), images(2, 3, *size)
+    program = torch.export.export(reparameterize_model(model), (image,))
+    assert_equal(program.module()(image), model(image))
+    # XNNPACK has no upsampling and no pool that rounds up, PT2E's quantizers give no range to `pad`
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not [target for target in targets if any(name in target for name in ('.pad.', 'upsample', '.avg_pool2d'))]
+
+
+@needs_program_export
+@pytest.mark.parametrize(
+    'size, rate', [((8, 6), 2), ((7, 5), 2), ((1, 9), 2), ((8, 12), 4), ((57, 50), 8), ((3, 2), 8)])
+def test_expansion_in_a_program(size, rate):
+    x, shortcut = images(2, 3, *(-(-s // rate) for s in size)), images(2, 3, *size)
+    expansion = InferenceExpansion(SpatialExpansion(3, rate, 'nearest', nn.BatchNorm2d), [0, 1, 2])
+    program = torch.export.export(expansion, (x, shortcut))
+    assert torch.equal(program.module()(x, shortcut), expansion(x, shortcut))
+    # Core ML has five dimensions at most
+    assert max(node.meta['val'].ndim for node in program.graph.nodes if 'val' in node.meta
+               and isinstance(node.meta['val'], torch.Tensor)) <= 5
 
 
 def test_compile_has_no_graph_break():

@@ -8,7 +8,6 @@ Paper: `HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions` - https://ar
 Original implementation, weights and protocols, by the authors Duo Li, Aojun Zhou and Anbang Yao:
 https://github.com/d-li14/HBONet
 """
-import copy
 import math
 from functools import partial
 from itertools import zip_longest
@@ -18,203 +17,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ConvNormAct,
-    DropPath,
-    FrozenBatchNormAct2d,
-    LayerType,
-    calculate_drop_path_rates,
-    create_classifier,
-    get_norm_layer,
-    make_divisible,
-)
+from timm.layers import LayerType, calculate_drop_path_rates, create_classifier, get_norm_layer, make_divisible
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
 from timm.utils import natural_key
-from torch.jit import Final
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .export import add_expanded, expand, exports_program, is_known, pad_to_even
+from .blocks import HarmoniousBottleneck, InvertedResidual, RepConvNormAct
+from .inference import HarmoniousStages
 from .weights import build_model_with_cfg
 
 __all__ = ['HBONet']
-
-
-class RepConvNormAct(ConvNormAct):
-    """Convolution, norm and activation, of which `timm.utils.reparameterize_model` folds the norm."""
-
-    def fuse(self) -> nn.Module:
-        """Returns the convolution with the norm folded in, and the activation, or this if the norm is none to fold."""
-        norm = self.bn
-        is_batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d))
-        # pruning and weight normalization set the weight anew in each forward
-        is_conv = type(self.conv) in (nn.Conv2d, nn.ConvTranspose2d) and 'weight' in self.conv._parameters
-        if not is_conv or not is_batch_norm or norm.running_mean is None:
-            return self
-        conv = copy.deepcopy(self.conv)
-        # a depthwise transposed convolution has its output channels first too
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        return nn.Sequential(conv, copy.deepcopy(getattr(norm, 'act', nn.Identity())))
-
-
-class InvertedResidual(nn.Module):
-    """Inverted residual block of MobileNet-V2.
-
-    Not timm's, which rounds the hidden width to a multiple of 8: `hbonet_025` has 300 hidden channels, not 304.
-
-    Paper: `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
-    """
-
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            exp_ratio: int = 1,
-            drop_path: float = 0.,
-            dilation: int = 1,
-            act_layer: LayerType = nn.ReLU6,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
-        mid_chs = in_chs * exp_ratio
-        self.has_skip = stride == 1 and in_chs == out_chs
-
-        self.conv_pw = conv(in_chs, mid_chs, 1) if exp_ratio != 1 else nn.Identity()
-        self.conv_dw = conv(mid_chs, mid_chs, 3, stride, dilation=dilation, groups=mid_chs)
-        self.conv_pwl = conv(mid_chs, out_chs, 1, apply_act=False)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
-        x = self.conv_pwl(self.conv_dw(self.conv_pw(x)))
-        if self.has_skip:
-            x = self.drop_path(x) + shortcut
-        return x
-
-
-class AvgPool2dCeil(nn.Module):
-    """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            # ceil_mode would branch on a size that an export leaves open, and few runtimes have it
-            if isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt) or exports_program():
-                return F.avg_pool2d(pad_to_even(x), 2)
-        return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-
-
-class SpatialExpansion(nn.Module):
-    """Expansion of a feature map to the size of another, which it is added to."""
-
-    def __init__(self, chs: int, stride: int, mode: str, norm_layer: LayerType, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.stride = stride
-        self.mode = mode
-        self.conv = None
-        if mode == 'deconv':
-            self.conv = RepConvNormAct(chs, chs, apply_act=False, norm_layer=norm_layer, **dd)
-            self.conv.conv = nn.ConvTranspose2d(chs, chs, 2 * stride, stride, stride // 2, groups=chs, bias=False, **dd)
-
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        size = shortcut.shape[-2:]
-        if self.conv is not None:
-            # the strided convolutions round sizes up, so that the transposed one can exceed the size
-            return self.conv(x)[:, :, :size[0], :size[1]] + shortcut
-        if not torch.jit.is_scripting():
-            if self.mode == 'nearest' and exports_program() and is_known(x, shortcut):
-                return add_expanded(x, shortcut, self.stride)
-            if self.mode == 'nearest' and torch.onnx.is_in_onnx_export() and is_known(x, shortcut):
-                return expand(x, size, self.stride) + shortcut
-        return F.interpolate(x, size=size, mode=self.mode) + shortcut
-
-
-class HarmoniousBottleneck(nn.Module):
-    """Harmonious bottleneck (HBO) block.
-
-    Strided depthwise and pointwise convolutions contract the feature map by `rate` and expand its channels, then the
-    channels are contracted to half of the output and the feature map is expanded back. The other half of the output
-    are the last channels of the input. A block of stride 2 ends at half the size of its input, so that one of stride 2
-    and rate 2 has no spatial expansion.
-
-    Paper: figure 2 of HBONet
-    """
-    has_skip: Final[bool]
-
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            exp_ratio: int = 2,
-            drop_path: float = 0.,
-            rate: int = 2,
-            spatial_expansion: str = 'nearest',
-            act_layer: LayerType = nn.ReLU6,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, **dd)
-        mid_chs = in_chs * exp_ratio
-        self.half_chs = half_chs = out_chs // 2
-        self.pass_chs = out_chs - half_chs
-        self.same_chs = in_chs == out_chs
-        self.has_skip = rate > stride
-        if self.pass_chs > in_chs or out_chs < 2:
-            raise ValueError(
-                f'A harmonious bottleneck of {out_chs} channels, at least 2, passes {self.pass_chs} channels of its '
-                f'input through, but that has {in_chs}. Use a larger `width` or a smaller `divisor`.')
-
-        # Spatial contraction, with channel expansion
-        self.contract = nn.Sequential()
-        chs = in_chs
-        for i in range(1, int(math.log2(rate)) + 1):
-            self.contract.add_module(f'conv_dw{i}', conv(chs, chs, 5, 2, groups=chs, apply_act=False))
-            self.contract.add_module(f'conv_pw{i}', conv(chs, mid_chs, 1))
-            chs = mid_chs
-
-        # Channel contraction, the release activates before it at rate 2 only
-        self.conv_dw = conv(mid_chs, mid_chs, 3, groups=mid_chs, apply_act=rate == 2)
-        self.conv_pwl = conv(mid_chs, half_chs, 1, apply_act=False)
-
-        # Spatial expansion
-        self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
-        if self.has_skip:
-            self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer, **dd)
-            self.conv_dw_end = conv(half_chs, half_chs, 5, groups=half_chs, apply_act=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.pool(x)
-        if self.same_chs:
-            # its gradient is one concatenation, those of slices are added up: in channels_last, training is 1.14 times
-            # as fast with AVX-512, 1.05 times with PyTorch held to AVX2
-            added, passed = shortcut.split([self.half_chs, self.pass_chs], dim=1)
-        else:
-            added, passed = shortcut[:, :self.half_chs], shortcut[:, -self.pass_chs:]
-        x = self.conv_pwl(self.conv_dw(self.contract(x)))
-        if self.has_skip:
-            x = self.conv_dw_end(self.expand(self.drop_path(x), added))
-        return torch.cat([passed, x], dim=1)
-
-
-class HarmoniousStages(nn.Sequential):
-    """Stages of the network, of which `timm.utils.reparameterize_model` makes a graph for inference."""
-    channel_multiple = 8  # that channels of the graph are padded to
-
-    def fuse(self) -> nn.Module:
-        """Returns the graph, or this if it has blocks or norms of other types."""
-        from .inference import create_inference_stages
-        return create_inference_stages(self, self.channel_multiple) or self
 
 
 # block type, expansion ratio, channels at width 1, stride of the first block
@@ -259,7 +72,7 @@ class HBONet(nn.Module):
             depths: Number of blocks of each of the 9 stages.
             rates: Rate of the spatial contraction, 2, 4 or 8, in each of the 5 stages of harmonious bottlenecks.
             spatial_expansion: Spatial expansion of the harmonious bottlenecks: 'nearest', as the released weights need
-                it, 'bilinear', or 'deconv' for a depthwise transposed convolution of the same stride.
+                it, or 'deconv' for a depthwise transposed convolution of the same stride.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input image channels.
             global_pool: Type of global pooling, '' for none (without a classifier).
@@ -269,18 +82,16 @@ class HBONet(nn.Module):
             drop_path_rate: Stochastic depth rate of the last block, blocks with a shortcut have it from 0 upwards.
 
         Raises:
-            ValueError: If an argument is not as above.
+            ValueError: If `depths`, `rates`, `spatial_expansion` or `output_stride` is not as above, or a width has no
+                halves.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        expansions = ('nearest', 'bilinear', 'deconv')
         for name, value, is_allowed, allowed in (
-                ('width', width, 0 < width < math.inf, 'positive'),
-                ('divisor', divisor, isinstance(divisor, int) and divisor >= 1, 'a whole number of at least 1'),
                 ('depths', depths, len(depths) == 9 and min(depths) >= 1, '9 numbers of at least 1'),
                 ('rates', rates, len(rates) == 5 and set(rates) <= {2, 4, 8}, '5 numbers out of 2, 4 and 8'),
-                ('spatial_expansion', spatial_expansion, spatial_expansion in expansions, f'one of {expansions}'),
-                ('in_chans', in_chans, in_chans >= 1, 'at least 1'),
+                ('spatial_expansion', spatial_expansion, spatial_expansion in ('nearest', 'deconv'),
+                    "'nearest' or 'deconv'"),
                 ('output_stride', output_stride, output_stride in (16, 32), '16 or 32'),
         ):
             if not is_allowed:
@@ -460,7 +271,7 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
     features, head = f'{prefix}features.', f'{prefix}conv.'
     theirs = {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))}
     theirs = sorted(theirs, key=lambda k: (k.startswith(head), natural_key(k)))
-    ours = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, ConvNormAct)]
+    ours = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, RepConvNormAct)]
     ours = [f'{k}.{layer}' for k in ours for layer in ('conv', 'bn')]
     if isinstance(model.conv_head, nn.Identity):  # pruned to its first layers
         del theirs[len(ours):]

@@ -1,82 +1,129 @@
-"""The graph for inference that `timm.utils.reparameterize_model` makes of HBONet's stages.
+"""The stages of HBONet, and the graph for inference that `timm.utils.reparameterize_model` makes of them.
 
-It computes what they compute in eval mode, with norms folded. The halves of a feature map, channels passed through and
-channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and concatenations only
-where it is contracted. Channels are padded to a multiple that blocked kernels like: a tensor's layout, fixed when the
-graph is made, tells which channel is in each place. At its ends, they are in the network's own order and number.
+The graph computes what the stages compute in eval mode, with norms folded. The halves of a feature map, channels passed
+through and channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and
+concatenations only where it is contracted. Channels are padded to a multiple that blocked kernels like: a tensor's
+layout, fixed when the graph is made, tells which channel is in each place. At its ends, they are in the network's own
+order and number.
 """
-import copy
-from typing import List, Optional, Sequence
+from itertools import cycle, islice
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch.jit import Final
 
-from .export import exports_program, pad_to_even
-from .hbonet import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion
+from .blocks import (
+    AvgPool2dCeil,
+    HarmoniousBottleneck,
+    InvertedResidual,
+    RepConvNormAct,
+    SpatialExpansion,
+    has_open_size,
+)
 
-__all__ = ['InferenceStages', 'create_inference_stages']
+__all__ = ['HarmoniousStages', 'InferenceStages']
 
-# The channel in each place of a tensor, or -1 where all weights that read the place are 0.
+# The channel in each place of a tensor. Only the first place of a channel is read, the others make up the multiple and
+# hold the same. At -1 there is none.
 Layout = List[int]
 
+# Faster than 1, 4 and 16 with AVX2. With AVX-512, ONNX Runtime's blocks have 16, and 8 is as fast.
+CHANNEL_MULTIPLE = 8
 
-def _pad(channels: Sequence[int], multiple: int) -> Layout:
-    return [*channels, *[-1] * (-len(channels) % multiple)]
+
+def exports_program(x: torch.Tensor) -> bool:
+    """Whether `torch.export` records this call, not for ONNX, with known sizes. PyTorch before 2.7 does not tell.
+
+    Then operators are taken that XNNPACK has, the kernels of ExecuTorch and LiteRT on phones, so that the network stays
+    in one delegate there. No `F.pad`: to quantizers of PT2E it is no operator that keeps its input's range.
+    """
+    is_exporting = getattr(torch.compiler, 'is_exporting', None)
+    return (
+        is_exporting is not None and is_exporting() and not torch.onnx.is_in_onnx_export() and not has_open_size(x))
+
+
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Repeat the last rows and columns until height and width are multiples of a number."""
+    for dim in (2, 3):
+        while x.shape[dim] % multiple:
+            size = x.shape[dim]
+            num_added = min(-size % multiple, size)
+            x = torch.cat([x, x.narrow(dim, size - num_added, num_added)], dim=dim)
+    return x
+
+
+def _pad(channels: Sequence[int], multiple: int = CHANNEL_MULTIPLE) -> Layout:
+    return [*channels, *islice(cycle(channels), -len(channels) % multiple)]
 
 
 def _join(parts: List[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def _get_runs(places: List[int]) -> List[Tuple[int, int]]:
+    """Slices that take places of a tensor in order."""
+    starts = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1] + 1]
+    return [(places[i], places[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(places)], strict=True)]
+
+
+def _take(x: torch.Tensor, runs: List[Tuple[int, int]]) -> torch.Tensor:
+    """Slices of channels, in the memory format of the input."""
+    if len(runs) == 1 and runs[0] == (0, x.shape[1]):
+        return x
+    parts: List[torch.Tensor] = []
+    for start, end in runs:
+        parts.append(x[:, start:end])
+    return torch.cat(parts, dim=1)
+
+
 def _lay_out(layer: RepConvNormAct, in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Module:
     """Fold a layer's norm and lay out its weights, as depthwise ones without `out_layout`."""
     conv, act = layer.fuse()
     depthwise = out_layout is None
-    out_layout = in_layout if depthwise else out_layout
-    # -1 takes the zeros that are added at the end
-    weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, 0 if depthwise else 1, 0, 1))[out_layout]
-    bias = F.pad(conv.bias.detach(), (0, 1))[out_layout]
-    conv.weight = nn.Parameter(weight if depthwise else weight[:, in_layout], conv.weight.requires_grad)
+    # what nobody reads has the weights of a channel too: to quantizers, weights that are all 0 have no scale
+    rows = [max(c, 0) for c in (in_layout if depthwise else out_layout)]
+    weight, bias = conv.weight.detach()[rows], conv.bias.detach()[rows]
+    if not depthwise:
+        is_read = weight.new_tensor([c >= 0 and c not in in_layout[:i] for i, c in enumerate(in_layout)])
+        weight = weight[:, [max(c, 0) for c in in_layout]] * is_read[:, None, None]
+    conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
     conv.bias = nn.Parameter(bias, conv.bias.requires_grad)
-    conv.in_channels, conv.out_channels = len(in_layout), len(out_layout)
-    conv.groups = len(in_layout) if depthwise else 1
+    conv.in_channels, conv.out_channels = len(in_layout), len(rows)
+    conv.groups = len(rows) if depthwise else 1
     return conv if isinstance(act, nn.Identity) else nn.Sequential(conv, act)
 
 
-def _lay_out_all(layers: List[RepConvNormAct], in_layout: Layout, out_layout: Layout, multiple: int) -> nn.Sequential:
+def _lay_out_all(layers: List[RepConvNormAct], in_layout: Layout, out_layout: Layout) -> nn.Sequential:
     """Fold and lay out layers in sequence, of which the last is pointwise."""
     modules = []
     for layer in layers[:-1]:
-        if layer.conv.groups > 1:
-            modules.append(_lay_out(layer, in_layout))
-        else:
-            hidden_layout = _pad(range(layer.out_channels), multiple)
-            modules.append(_lay_out(layer, in_layout, hidden_layout))
-            in_layout = hidden_layout
+        hidden_layout = None if layer.conv.groups > 1 else _pad(range(layer.out_channels))
+        modules.append(_lay_out(layer, in_layout, hidden_layout))
+        in_layout = hidden_layout or in_layout
     return nn.Sequential(*modules, _lay_out(layers[-1], in_layout, out_layout))
 
 
 def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
     """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
     conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
-    weight = like.new_tensor([[float(0 <= c == d) for d in in_layout] for c in out_layout])
-    conv.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
+    weight[range(len(out_layout)), [in_layout.index(c) for c in out_layout]] = 1
+    conv.weight = nn.Parameter(weight, requires_grad=False)
     return conv
 
 
 class InferenceConvs(nn.Module):
     """Inverted residual block or single layer, from a feature map in parts to one in one part."""
 
-    def __init__(self, block: nn.Module, in_layouts: List[Layout], multiple: int, out_multiple: int):
+    def __init__(self, block: nn.Module, in_layouts: List[Layout], out_multiple: int = CHANNEL_MULTIPLE):
         super().__init__()
         in_layout = sum(in_layouts, [])
         layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
         self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
         out_layout = in_layout if self.has_skip else _pad(range(layers[-1].out_channels), out_multiple)
-        self.convs = _lay_out_all(layers, in_layout, out_layout, multiple)
+        self.convs = _lay_out_all(layers, in_layout, out_layout)
         self.layouts = [out_layout]
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
@@ -87,10 +134,10 @@ class InferenceConvs(nn.Module):
         return [x]
 
 
-class AveragePool(nn.Module):
+class InferencePool(nn.Module):
     """2x2 average pooling. As a depthwise convolution where no size is odd, which runtimes take with any channels."""
 
-    def __init__(self, pool: nn.Module, chs: int, like: torch.Tensor):
+    def __init__(self, pool: AvgPool2dCeil, chs: int, like: torch.Tensor):
         super().__init__()
         self.pool = pool
         self.conv = nn.Conv2d(chs, chs, 2, 2, groups=chs, bias=False, device='meta')
@@ -99,13 +146,34 @@ class AveragePool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2], x.shape[-1]
         # sizes that a trace or an export leaves open are no int, and must not decide what is recorded
-        if isinstance(h, int) and isinstance(w, int):
-            if h % 2 == 0 and w % 2 == 0:
-                return self.conv(x)
-            if not torch.jit.is_scripting():
-                if exports_program():
-                    return self.conv(pad_to_even(x))
+        if isinstance(h, int) and isinstance(w, int) and h % 2 == 0 and w % 2 == 0:
+            return self.conv(x)
+        if not torch.jit.is_scripting():
+            if exports_program(x):
+                return self.conv(pad_to_multiple(x, 2))
         return self.pool(x)
+
+
+class InferenceExpansion(nn.Module):
+    """Spatial expansion of a feature map that is added to another, of up to `rate` times its size."""
+
+    def __init__(self, expand: SpatialExpansion, layout: Layout):
+        super().__init__()
+        self.expand = SpatialExpansion(len(layout), expand.rate, 'nearest', nn.Identity)
+        if expand.conv is not None:
+            self.expand.conv = _lay_out(expand.conv, layout)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if exports_program(x) and self.expand.conv is None:
+                # Each pixel is added to the `rate` x `rate` ones that it is nearest to. Channels last, as XNNPACK
+                # stores maps, all but the sum are views. Batch and height share a dimension: Core ML has five at most.
+                rate, (height, width), (chs, h, w) = self.expand.rate, shortcut.shape[-2:], x.shape[1:]
+                shortcut = pad_to_multiple(shortcut, rate).permute(0, 2, 3, 1).reshape(-1, rate, w, rate, chs)
+                x = shortcut + x.permute(0, 2, 3, 1).reshape(-1, 1, w, 1, chs)
+                x = x.reshape(-1, h * rate, w * rate, chs).permute(0, 3, 1, 2)
+                return x if (h * rate, w * rate) == (height, width) else x[:, :, :height, :width]
+        return self.expand(x, shortcut.shape[-2:]) + shortcut
 
 
 class InferenceBottleneck(nn.Module):
@@ -113,7 +181,7 @@ class InferenceBottleneck(nn.Module):
     has_skip: Final[bool]
     keeps_parts: Final[bool]
 
-    def __init__(self, block: HarmoniousBottleneck, in_layouts: List[Layout], multiple: int, selects: bool):
+    def __init__(self, block: HarmoniousBottleneck, in_layouts: List[Layout], selects: bool):
         super().__init__()
         conv_dw1, *layers = [*block.contract, block.conv_dw, block.conv_pwl]
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
@@ -126,7 +194,7 @@ class InferenceBottleneck(nn.Module):
         if self.keeps_parts:
             added_layout, passed_layout = in_layouts
         elif selects and pass_chs < in_chs:
-            added_layout, passed_layout = _pad(added, multiple), _pad(passed, multiple)
+            added_layout, passed_layout = _pad(added), _pad(passed)
             self.select_passed = _select(whole, passed_layout, like)
             if self.has_skip:
                 self.select_added = _select(whole, added_layout, like)
@@ -136,15 +204,13 @@ class InferenceBottleneck(nn.Module):
             passed_layout = [c if c in passed else -1 for c in whole]
 
         self.conv_dws = nn.ModuleList([_lay_out(conv_dw1, layout) for layout in in_layouts])
-        computed_layout = added_layout if self.has_skip else _pad(added, multiple)
-        self.convs = _lay_out_all(layers, whole, computed_layout, multiple)
+        computed_layout = added_layout if self.has_skip else _pad(added)
+        self.convs = _lay_out_all(layers, whole, computed_layout)
         self.pools = nn.ModuleList([
-            block.pool if isinstance(block.pool, nn.Identity) else AveragePool(block.pool, len(layout), like)
+            block.pool if isinstance(block.pool, nn.Identity) else InferencePool(block.pool, len(layout), like)
             for layout in in_layouts])
         if self.has_skip:
-            self.expand = copy.deepcopy(block.expand)
-            if self.expand.conv is not None:
-                self.expand.conv = _lay_out(self.expand.conv, computed_layout)
+            self.expand = InferenceExpansion(block.expand, computed_layout)
             self.conv_dw_end = _lay_out(block.conv_dw_end, computed_layout)
         self.layouts = [
             [c - passed[0] if c >= 0 else -1 for c in passed_layout],
@@ -175,10 +241,15 @@ class InferenceStage(nn.Module):
     def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.in_layouts = in_layouts
+        self.in_runs = [_get_runs([max(c, 0) for c in layout]) for layout in in_layouts]
         out_layout = sum(blocks[-1].layouts, [])
-        self.out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
-        self.is_whole = self.out_places == list(range(len(out_layout)))
+        self.out_runs = _get_runs([out_layout.index(i) for i in range(max(out_layout) + 1)])
+
+    def split(self, x: torch.Tensor) -> List[torch.Tensor]:
+        parts: List[torch.Tensor] = []
+        for runs in self.in_runs:
+            parts.append(_take(x, runs))
+        return parts
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         for block in self.blocks:
@@ -186,27 +257,23 @@ class InferenceStage(nn.Module):
         return parts
 
     def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
-        x = _join(parts)
-        return x if self.is_whole else x[:, torch.tensor(self.out_places, device=x.device)]
+        return _take(_join(parts), self.out_runs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts: List[torch.Tensor] = []
-        for layout in self.in_layouts:
-            parts.append(x[:, torch.tensor(layout, device=x.device).clamp(min=0)])
-        return self.join(self.run(parts))
+        return self.join(self.run(self.split(x)))
 
 
 class InferenceStages(nn.Sequential):
     """Stages of the inference graph, for eval mode and any input size."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [x]
+        parts = self[0].split(x)
         for stage in self:
             parts = stage.run(parts)
         return self[-1].join(parts)
 
 
-def _is_known(block: nn.Module) -> bool:
+def _can_lay_out(block: nn.Module) -> bool:
     """Whether a block is one of HBONet's that nobody has edited, with norms that can be folded."""
     if type(block) is HarmoniousBottleneck:
         own = [*block.contract, block.conv_dw, block.conv_pwl, *([block.conv_dw_end] if block.has_skip else [])]
@@ -220,24 +287,25 @@ def _is_known(block: nn.Module) -> bool:
     return all(m in layers for m in own) and all(type(m) in types for m in others)
 
 
-def create_inference_stages(stages: nn.Sequential, multiple: int) -> Optional[InferenceStages]:
-    """Create the graph of stages. None where a block is not as HBONet makes it, or a norm is none to fold."""
-    if not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f'`channel_multiple` must be a whole number of at least 1, got {multiple!r}.')
-    if not all(type(stage) is nn.Sequential and len(stage) and all(map(_is_known, stage)) for stage in stages):
-        return None
-    blocks = [block for stage in stages for block in stage]
-    layouts = [list(range(next(m.in_channels for m in stages.modules() if isinstance(m, RepConvNormAct))))]
-    inference_stages = []
-    for stage in stages:
-        in_layouts, inference_blocks = layouts, []
-        for block in stage:
-            if isinstance(block, HarmoniousBottleneck):
-                # selected once, halves are narrow in all blocks of the stage after the first
-                inference_block = InferenceBottleneck(block, layouts, multiple, selects=len(stage) > 1)
-            else:
-                inference_block = InferenceConvs(block, layouts, multiple, 1 if block is blocks[-1] else multiple)
-            inference_blocks.append(inference_block)
-            layouts = inference_block.layouts
-        inference_stages.append(InferenceStage(inference_blocks, in_layouts))
-    return InferenceStages(*inference_stages).eval()
+class HarmoniousStages(nn.Sequential):
+    """Stages of the network, of which `timm.utils.reparameterize_model` makes a graph for inference."""
+
+    def fuse(self) -> nn.Module:
+        """Returns the graph, or these stages if a block is not as HBONet makes it, or a norm is none to fold."""
+        if not all(type(stage) is nn.Sequential and len(stage) and all(map(_can_lay_out, stage)) for stage in self):
+            return self
+        blocks = [block for stage in self for block in stage]
+        layouts = [list(range(next(m.in_channels for m in self.modules() if isinstance(m, RepConvNormAct))))]
+        inference_stages = []
+        for stage in self:
+            in_layouts, inference_blocks = layouts, []
+            for block in stage:
+                if isinstance(block, HarmoniousBottleneck):
+                    # selected once, halves are narrow in all blocks of the stage after the first
+                    inference_block = InferenceBottleneck(block, layouts, selects=len(stage) > 1)
+                else:
+                    inference_block = InferenceConvs(block, layouts, 1 if block is blocks[-1] else CHANNEL_MULTIPLE)
+                inference_blocks.append(inference_block)
+                layouts = inference_block.layouts
+            inference_stages.append(InferenceStage(inference_blocks, in_layouts))
+        return InferenceStages(*inference_stages).eval()
