@@ -7,7 +7,7 @@ layout, fixed when the graph is made, tells which channel is in each place. At i
 order and number.
 """
 from itertools import cycle, islice
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -60,22 +60,6 @@ def _pad(channels: Sequence[int], multiple: int = CHANNEL_MULTIPLE) -> Layout:
 
 def _join(parts: List[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def _get_runs(places: List[int]) -> List[Tuple[int, int]]:
-    """Slices that take places of a tensor in order."""
-    starts = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1] + 1]
-    return [(places[i], places[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(places)], strict=True)]
-
-
-def _take(x: torch.Tensor, runs: List[Tuple[int, int]]) -> torch.Tensor:
-    """Slices of channels, in the memory format of the input."""
-    if len(runs) == 1 and runs[0] == (0, x.shape[1]):
-        return x
-    parts: List[torch.Tensor] = []
-    for start, end in runs:
-        parts.append(x[:, start:end])
-    return torch.cat(parts, dim=1)
 
 
 def _lay_out(layer: RepConvNormAct, in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Module:
@@ -235,20 +219,39 @@ class InferenceBottleneck(nn.Module):
         return [passed, x]
 
 
+class TakeChannels(nn.Module):
+    """Channels at places of a feature map, in its memory format."""
+
+    def __init__(self, places: List[int]):
+        super().__init__()
+        starts = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1] + 1]
+        self.slices = [(places[i], places[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(places)], strict=True)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts: List[torch.Tensor] = []
+        for start, end in self.slices:
+            parts.append(x[:, start:end])
+        return torch.cat(parts, dim=1)
+
+
 class InferenceStage(nn.Module):
     """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
 
     def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.in_runs = [_get_runs([max(c, 0) for c in layout]) for layout in in_layouts]
+        in_chs = max(sum(in_layouts, [])) + 1
+        self.take_parts = nn.ModuleList([
+            nn.Identity() if layout == list(range(in_chs)) else TakeChannels([max(c, 0) for c in layout])
+            for layout in in_layouts])
         out_layout = sum(blocks[-1].layouts, [])
-        self.out_runs = _get_runs([out_layout.index(i) for i in range(max(out_layout) + 1)])
+        out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
+        self.take_whole = nn.Identity() if len(out_places) == len(out_layout) else TakeChannels(out_places)
 
     def split(self, x: torch.Tensor) -> List[torch.Tensor]:
         parts: List[torch.Tensor] = []
-        for runs in self.in_runs:
-            parts.append(_take(x, runs))
+        for take in self.take_parts:
+            parts.append(take(x))
         return parts
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
@@ -257,7 +260,7 @@ class InferenceStage(nn.Module):
         return parts
 
     def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
-        return _take(_join(parts), self.out_runs)
+        return self.take_whole(_join(parts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.join(self.run(self.split(x)))
