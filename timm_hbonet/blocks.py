@@ -7,21 +7,14 @@ from typing import List
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import (
-    BatchNormAct2d,
-    ConvNormAct,
-    DropPath,
-    FrozenBatchNormAct2d,
-    LayerType,
-    SyncBatchNormAct,
-)
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, FrozenBatchNormAct2d, LayerType, SyncBatchNormAct
 from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['AvgPool2dCeil', 'HarmoniousBottleneck', 'InvertedResidual', 'RepConvNormAct', 'SpatialExpansion']
 
 
-def has_open_size(x: torch.Tensor) -> bool:
+def is_open(x: torch.Tensor) -> bool:
     """Whether `torch.export` or `torch.compile` leaves the height or width of a feature map open."""
     return isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt)
 
@@ -95,7 +88,7 @@ class AvgPool2dCeil(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if has_open_size(x):
+            if is_open(x):
                 # ceil_mode would have an export prove that 2 * ((h - 1) // 2) < h. The pool drops what is too much.
                 return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
@@ -118,7 +111,7 @@ class SpatialExpansion(nn.Module):
             x = self.conv(x)
         else:
             if not torch.jit.is_scripting():
-                if has_open_size(x):
+                if is_open(x):
                     # a crop would have an export prove that it is one. Nearest to the size is the same in steps of 2.
                     for i in range(int(math.log2(self.rate)) - 1, -1, -1):
                         x = F.interpolate(x, size=[(s + 2 ** i - 1) // 2 ** i for s in size])

@@ -14,19 +14,12 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch.jit import Final
 
-from .blocks import (
-    AvgPool2dCeil,
-    HarmoniousBottleneck,
-    InvertedResidual,
-    RepConvNormAct,
-    SpatialExpansion,
-    has_open_size,
-)
+from .blocks import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion, is_open
 
 __all__ = ['HarmoniousStages', 'InferenceStages']
 
-# The channel in each place of a tensor. Only the first place of a channel is read, the others make up the multiple and
-# hold the same. At -1 there is none.
+# The channel in each place of a tensor. Of several places of a channel, which make up the multiple, the first is read.
+# A place with a number that is none of a channel is not read.
 Layout = List[int]
 
 # Faster than 1, 4 and 16 with AVX2. With AVX-512, ONNX Runtime's blocks have 16, and 8 is as fast.
@@ -39,18 +32,16 @@ def exports_program(x: torch.Tensor) -> bool:
     Then operators are taken that XNNPACK has, the kernels of ExecuTorch and LiteRT on phones, so that the network stays
     in one delegate there. No `F.pad`: to quantizers of PT2E it is no operator that keeps its input's range.
     """
-    is_exporting = getattr(torch.compiler, 'is_exporting', None)
-    return (
-        is_exporting is not None and is_exporting() and not torch.onnx.is_in_onnx_export() and not has_open_size(x))
+    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    return is_exporting() and not torch.onnx.is_in_onnx_export() and not is_open(x)
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Repeat the last rows and columns until height and width are multiples of a number."""
     for dim in (2, 3):
         while x.shape[dim] % multiple:
-            size = x.shape[dim]
-            num_added = min(-size % multiple, size)
-            x = torch.cat([x, x.narrow(dim, size - num_added, num_added)], dim=dim)
+            num_added = min(-x.shape[dim] % multiple, x.shape[dim])
+            x = torch.cat([x, x.narrow(dim, x.shape[dim] - num_added, num_added)], dim=dim)
     return x
 
 
@@ -62,70 +53,68 @@ def _join(parts: List[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _lay_out(layer: RepConvNormAct, in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Module:
-    """Fold a layer's norm and lay out its weights, as depthwise ones without `out_layout`."""
-    conv, act = layer.fuse()
-    depthwise = out_layout is None
-    # what nobody reads has the weights of a channel too: to quantizers, weights that are all 0 have no scale
-    rows = [max(c, 0) for c in (in_layout if depthwise else out_layout)]
-    weight, bias = conv.weight.detach()[rows], conv.bias.detach()[rows]
-    if not depthwise:
-        is_read = weight.new_tensor([c >= 0 and c not in in_layout[:i] for i, c in enumerate(in_layout)])
-        weight = weight[:, [max(c, 0) for c in in_layout]] * is_read[:, None, None]
-    conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
-    conv.bias = nn.Parameter(bias, conv.bias.requires_grad)
-    conv.in_channels, conv.out_channels = len(in_layout), len(rows)
-    conv.groups = len(rows) if depthwise else 1
-    return conv if isinstance(act, nn.Identity) else nn.Sequential(conv, act)
-
-
-def _lay_out_all(layers: List[RepConvNormAct], in_layout: Layout, out_layout: Layout) -> nn.Sequential:
-    """Fold and lay out layers in sequence, of which the last is pointwise."""
+def _lay_out(layers: Sequence[RepConvNormAct], in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Sequential:
+    """Fold norms of layers in sequence and lay out their weights. The last is pointwise if there is an `out_layout`."""
     modules = []
-    for layer in layers[:-1]:
-        hidden_layout = None if layer.conv.groups > 1 else _pad(range(layer.out_channels))
-        modules.append(_lay_out(layer, in_layout, hidden_layout))
-        in_layout = hidden_layout or in_layout
-    return nn.Sequential(*modules, _lay_out(layers[-1], in_layout, out_layout))
+    for layer in layers:
+        conv, act = layer.fuse()
+        is_pointwise = conv.kernel_size == (1, 1)
+        layout = in_layout
+        if is_pointwise:
+            layout = out_layout if layer is layers[-1] else _pad(range(conv.out_channels))
+        # what nobody reads has weights of a channel too: to quantizers, weights that are all 0 have no scale
+        rows = [c % conv.out_channels for c in layout]
+        weight = conv.weight.detach()[rows]
+        if is_pointwise:
+            is_read = [c in range(conv.in_channels) and c not in in_layout[:i] for i, c in enumerate(in_layout)]
+            weight = weight[:, [c % conv.in_channels for c in in_layout]] * weight.new_tensor(is_read)[:, None, None]
+        conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
+        conv.bias = nn.Parameter(conv.bias.detach()[rows], conv.bias.requires_grad)
+        conv.in_channels, conv.out_channels, conv.groups = len(in_layout), len(rows), 1 if is_pointwise else len(rows)
+        modules += [conv] if isinstance(act, nn.Identity) else [conv, act]
+        in_layout = layout
+    return nn.Sequential(*modules)
 
 
-def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
-    """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
-    conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
-    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
-    weight[range(len(out_layout)), [in_layout.index(c) for c in out_layout]] = 1
+def _create_conv(weight: torch.Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], weight.shape[2:], stride, groups=groups, bias=False,
+                     device='meta')
     conv.weight = nn.Parameter(weight, requires_grad=False)
     return conv
+
+
+def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Conv2d:
+    """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
+    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
+    weight[range(len(out_layout)), [in_layout.index(c) for c in out_layout]] = 1
+    return _create_conv(weight)
 
 
 class InferenceConvs(nn.Module):
     """Inverted residual block or single layer, from a feature map in parts to one in one part."""
 
-    def __init__(self, block: nn.Module, in_layouts: List[Layout], out_multiple: int = CHANNEL_MULTIPLE):
+    def __init__(self, block: nn.Module, in_layouts: List[Layout], out_multiple: int):
         super().__init__()
         in_layout = sum(in_layouts, [])
         layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
         self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
-        out_layout = in_layout if self.has_skip else _pad(range(layers[-1].out_channels), out_multiple)
-        self.convs = _lay_out_all(layers, in_layout, out_layout)
-        self.layouts = [out_layout]
+        self.out_chs = layers[-1].out_channels
+        self.layouts = [in_layout if self.has_skip else _pad(range(self.out_chs), out_multiple)]
+        self.convs = _lay_out(layers, in_layout, self.layouts[0])
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         shortcut = _join(parts)
         x = self.convs(shortcut)
-        if self.has_skip:
-            x = x + shortcut
-        return [x]
+        return [x + shortcut if self.has_skip else x]
 
 
 class InferencePool(nn.Module):
     """2x2 average pooling. As a depthwise convolution where no size is odd, which runtimes take with any channels."""
 
-    def __init__(self, pool: AvgPool2dCeil, chs: int, like: torch.Tensor):
+    def __init__(self, chs: int, like: torch.Tensor):
         super().__init__()
-        self.pool = pool
-        self.conv = nn.Conv2d(chs, chs, 2, 2, groups=chs, bias=False, device='meta')
-        self.conv.weight = nn.Parameter(like.new_full((chs, 1, 2, 2), 0.25), requires_grad=False)
+        self.pool = AvgPool2dCeil()
+        self.conv = _create_conv(like.new_full((chs, 1, 2, 2), 0.25), stride=2, groups=chs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2], x.shape[-1]
@@ -145,7 +134,7 @@ class InferenceExpansion(nn.Module):
         super().__init__()
         self.expand = SpatialExpansion(len(layout), expand.rate, 'nearest', nn.Identity)
         if expand.conv is not None:
-            self.expand.conv = _lay_out(expand.conv, layout)
+            self.expand.conv = _lay_out([expand.conv], layout)
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -169,37 +158,31 @@ class InferenceBottleneck(nn.Module):
         super().__init__()
         conv_dw1, *layers = [*block.contract, block.conv_dw, block.conv_pwl]
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
-        whole = sum(in_layouts, [])
-        added, passed = range(half_chs), range(in_chs - pass_chs, in_chs)
+        self.out_chs = half_chs + pass_chs
         like = conv_dw1.conv.weight
+        # two half maps that overlap are the whole map twice, with places that are not read
+        whole = added_layout = passed_layout = sum(in_layouts, [])
         self.has_skip = block.has_skip
         self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
         self.select_added = self.select_passed = nn.Identity()
         if self.keeps_parts:
             added_layout, passed_layout = in_layouts
         elif selects and pass_chs < in_chs:
-            added_layout, passed_layout = _pad(added), _pad(passed)
+            added_layout, passed_layout = _pad(range(half_chs)), _pad(range(in_chs - pass_chs, in_chs))
             self.select_passed = _select(whole, passed_layout, like)
             if self.has_skip:
                 self.select_added = _select(whole, added_layout, like)
-        else:
-            # two half maps that overlap are the whole map twice, with places that are not read
-            added_layout = [c if c in added else -1 for c in whole]
-            passed_layout = [c if c in passed else -1 for c in whole]
 
-        self.conv_dws = nn.ModuleList([_lay_out(conv_dw1, layout) for layout in in_layouts])
-        computed_layout = added_layout if self.has_skip else _pad(added)
-        self.convs = _lay_out_all(layers, whole, computed_layout)
+        self.conv_dws = nn.ModuleList([_lay_out([conv_dw1], layout) for layout in in_layouts])
+        computed_layout = added_layout if self.has_skip else _pad(range(half_chs))
+        self.convs = _lay_out(layers, whole, computed_layout)
         self.pools = nn.ModuleList([
-            block.pool if isinstance(block.pool, nn.Identity) else InferencePool(block.pool, len(layout), like)
+            InferencePool(len(layout), like) if isinstance(block.pool, AvgPool2dCeil) else nn.Identity()
             for layout in in_layouts])
         if self.has_skip:
             self.expand = InferenceExpansion(block.expand, computed_layout)
-            self.conv_dw_end = _lay_out(block.conv_dw_end, computed_layout)
-        self.layouts = [
-            [c - passed[0] if c >= 0 else -1 for c in passed_layout],
-            [c + pass_chs if c >= 0 else -1 for c in computed_layout],
-        ]
+            self.conv_dw_end = _lay_out([block.conv_dw_end], computed_layout)
+        self.layouts = [[c - in_chs + pass_chs for c in passed_layout], [c + pass_chs for c in computed_layout]]
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         contracted: List[torch.Tensor] = []
@@ -237,16 +220,15 @@ class TakeChannels(nn.Module):
 class InferenceStage(nn.Module):
     """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
 
-    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout]):
+    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout], in_chs: int):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        in_chs = max(sum(in_layouts, [])) + 1
         self.take_parts = nn.ModuleList([
-            nn.Identity() if layout == list(range(in_chs)) else TakeChannels([max(c, 0) for c in layout])
+            nn.Identity() if layout == list(range(in_chs)) else TakeChannels([c % in_chs for c in layout])
             for layout in in_layouts])
-        out_layout = sum(blocks[-1].layouts, [])
-        out_places = [out_layout.index(i) for i in range(max(out_layout) + 1)]
-        self.take_whole = nn.Identity() if len(out_places) == len(out_layout) else TakeChannels(out_places)
+        out_layout, out_chs = sum(blocks[-1].layouts, []), blocks[-1].out_chs
+        self.take_whole = nn.Identity() if out_layout == list(range(out_chs)) else TakeChannels(
+            [out_layout.index(c) for c in range(out_chs)])
 
     def split(self, x: torch.Tensor) -> List[torch.Tensor]:
         parts: List[torch.Tensor] = []
@@ -259,11 +241,8 @@ class InferenceStage(nn.Module):
             parts = block.run(parts)
         return parts
 
-    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
-        return self.take_whole(_join(parts))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(self.run(self.split(x)))
+        return self.take_whole(_join(self.run(self.split(x))))
 
 
 class InferenceStages(nn.Sequential):
@@ -273,7 +252,7 @@ class InferenceStages(nn.Sequential):
         parts = self[0].split(x)
         for stage in self:
             parts = stage.run(parts)
-        return self[-1].join(parts)
+        return self[-1].take_whole(_join(parts))
 
 
 def _can_lay_out(block: nn.Module) -> bool:
@@ -297,9 +276,8 @@ class HarmoniousStages(nn.Sequential):
         """Returns the graph, or these stages if a block is not as HBONet makes it, or a norm is none to fold."""
         if not all(type(stage) is nn.Sequential and len(stage) and all(map(_can_lay_out, stage)) for stage in self):
             return self
-        blocks = [block for stage in self for block in stage]
-        layouts = [list(range(next(m.in_channels for m in self.modules() if isinstance(m, RepConvNormAct))))]
-        inference_stages = []
+        in_chs = next(m.in_channels for m in self.modules() if isinstance(m, RepConvNormAct))
+        layouts, inference_stages = [list(range(in_chs))], []
         for stage in self:
             in_layouts, inference_blocks = layouts, []
             for block in stage:
@@ -307,8 +285,9 @@ class HarmoniousStages(nn.Sequential):
                     # selected once, halves are narrow in all blocks of the stage after the first
                     inference_block = InferenceBottleneck(block, layouts, selects=len(stage) > 1)
                 else:
-                    inference_block = InferenceConvs(block, layouts, 1 if block is blocks[-1] else CHANNEL_MULTIPLE)
+                    inference_block = InferenceConvs(block, layouts, 1 if block is self[-1][-1] else CHANNEL_MULTIPLE)
                 inference_blocks.append(inference_block)
                 layouts = inference_block.layouts
-            inference_stages.append(InferenceStage(inference_blocks, in_layouts))
+            inference_stages.append(InferenceStage(inference_blocks, in_layouts, in_chs))
+            in_chs = inference_block.out_chs
         return InferenceStages(*inference_stages).eval()
