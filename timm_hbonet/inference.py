@@ -2,12 +2,12 @@
 
 The graph computes what the stages compute in eval mode, with norms folded. The halves of a feature map, channels passed
 through and channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and
-concatenations only where it is contracted. Channels are padded to a multiple that blocked kernels like: a tensor's
-layout, fixed when the graph is made, tells which channel is in each place. At its ends, they are in the network's own
-order and number.
+concatenations only where it is contracted. Channels are padded to a multiple that blocked kernels like: a layout, fixed
+when the graph is made, tells which channel is in each place of a tensor. At the graph's ends, and of each stage that is
+called by itself, channels are in the network's own order and number.
 """
 from itertools import cycle, islice
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,9 +18,9 @@ from .blocks import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepCo
 
 __all__ = ['HarmoniousStages', 'InferenceStages']
 
-# The channel in each place of a tensor. Of several places of a channel, which make up the multiple, the first is read.
-# A place with a number that is none of a channel is not read.
+# The channel in each place of a tensor. Of its places the first is read, others make up the multiple. -1 is not read.
 Layout = List[int]
+Slices = Optional[List[Tuple[int, int]]]
 
 # Faster than 1, 4 and 16 with AVX2. With AVX-512, ONNX Runtime's blocks have 16, and 8 is as fast.
 CHANNEL_MULTIPLE = 8
@@ -53,59 +53,46 @@ def _join(parts: List[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def _find_slices(layout: Layout, channels: Sequence[int]) -> Slices:
+    """Slices of a tensor that have channels in order, None for all of it."""
+    places = [layout.index(c) for c in channels]
+    ends = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1] + [len(places)]
+    slices = [(places[i], places[j - 1] + 1) for i, j in zip([0, *ends], ends, strict=False)]
+    return None if slices == [(0, len(layout))] else slices
+
+
+def _take(x: torch.Tensor, slices: Slices) -> torch.Tensor:
+    """Take slices of channels, in the memory format of the input."""
+    return x if slices is None else torch.cat([x[:, start:end] for start, end in slices], dim=1)
+
+
 def _lay_out(layers: Sequence[RepConvNormAct], in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Sequential:
     """Fold norms of layers in sequence and lay out their weights. The last is pointwise if there is an `out_layout`."""
     modules = []
     for layer in layers:
         conv, act = layer.fuse()
-        is_pointwise = conv.kernel_size == (1, 1)
-        layout = in_layout
+        is_pointwise, layout = conv.kernel_size == (1, 1), in_layout
         if is_pointwise:
             layout = out_layout if layer is layers[-1] else _pad(range(conv.out_channels))
         # what nobody reads has weights of a channel too: to quantizers, weights that are all 0 have no scale
         rows = [c % conv.out_channels for c in layout]
         weight = conv.weight.detach()[rows]
         if is_pointwise:
-            is_read = [c in range(conv.in_channels) and c not in in_layout[:i] for i, c in enumerate(in_layout)]
+            is_read = [c >= 0 and c not in in_layout[:i] for i, c in enumerate(in_layout)]
             weight = weight[:, [c % conv.in_channels for c in in_layout]] * weight.new_tensor(is_read)[:, None, None]
         conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
         conv.bias = nn.Parameter(conv.bias.detach()[rows], conv.bias.requires_grad)
         conv.in_channels, conv.out_channels, conv.groups = len(in_layout), len(rows), 1 if is_pointwise else len(rows)
-        modules += [conv] if isinstance(act, nn.Identity) else [conv, act]
+        modules += [conv, act]
         in_layout = layout
-    return nn.Sequential(*modules)
+    return nn.Sequential(*(m for m in modules if not isinstance(m, nn.Identity)))
 
 
 def _create_conv(weight: torch.Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], weight.shape[2:], stride, groups=groups, bias=False,
-                     device='meta')
+    out_chs, in_chs, kernel_size = weight.shape[0], weight.shape[1] * groups, weight.shape[2]
+    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, groups=groups, bias=False, device='meta')
     conv.weight = nn.Parameter(weight, requires_grad=False)
     return conv
-
-
-def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Conv2d:
-    """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
-    weight = like.new_zeros(len(out_layout), len(in_layout), 1, 1)
-    weight[range(len(out_layout)), [in_layout.index(c) for c in out_layout]] = 1
-    return _create_conv(weight)
-
-
-class InferenceConvs(nn.Module):
-    """Inverted residual block or single layer, from a feature map in parts to one in one part."""
-
-    def __init__(self, block: nn.Module, in_layouts: List[Layout], out_multiple: int):
-        super().__init__()
-        in_layout = sum(in_layouts, [])
-        layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
-        self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
-        self.out_chs = layers[-1].out_channels
-        self.layouts = [in_layout if self.has_skip else _pad(range(self.out_chs), out_multiple)]
-        self.convs = _lay_out(layers, in_layout, self.layouts[0])
-
-    def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
-        shortcut = _join(parts)
-        x = self.convs(shortcut)
-        return [x + shortcut if self.has_skip else x]
 
 
 class InferencePool(nn.Module):
@@ -149,6 +136,24 @@ class InferenceExpansion(nn.Module):
         return self.expand(x, shortcut.shape[-2:]) + shortcut
 
 
+class InferenceConvs(nn.Module):
+    """Inverted residual block or single layer, from a feature map in parts to one in one part."""
+
+    def __init__(self, block: nn.Module, in_layouts: List[Layout], out_multiple: int):
+        super().__init__()
+        in_layout = sum(in_layouts, [])
+        layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
+        self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
+        self.out_chs = layers[-1].out_channels
+        self.out_layouts = [in_layout if self.has_skip else _pad(range(self.out_chs), out_multiple)]
+        self.convs = _lay_out(layers, in_layout, self.out_layouts[0])
+
+    def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
+        shortcut = _join(parts)
+        x = self.convs(shortcut)
+        return [x + shortcut if self.has_skip else x]
+
+
 class InferenceBottleneck(nn.Module):
     """Harmonious bottleneck, from a feature map in parts to one in two parts, channels passed and channels computed."""
     has_skip: Final[bool]
@@ -158,23 +163,24 @@ class InferenceBottleneck(nn.Module):
         super().__init__()
         conv_dw1, *layers = [*block.contract, block.conv_dw, block.conv_pwl]
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
-        self.out_chs = half_chs + pass_chs
-        like = conv_dw1.conv.weight
+        added, passed, like = range(half_chs), range(in_chs - pass_chs, in_chs), conv_dw1.conv.weight
         # two half maps that overlap are the whole map twice, with places that are not read
         whole = added_layout = passed_layout = sum(in_layouts, [])
-        self.has_skip = block.has_skip
+        self.has_skip, self.out_chs = block.has_skip, half_chs + pass_chs
         self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
         self.select_added = self.select_passed = nn.Identity()
         if self.keeps_parts:
             added_layout, passed_layout = in_layouts
         elif selects and pass_chs < in_chs:
-            added_layout, passed_layout = _pad(range(half_chs)), _pad(range(in_chs - pass_chs, in_chs))
-            self.select_passed = _select(whole, passed_layout, like)
+            # blocked kernels are better at a pointwise convolution than at slices
+            added_layout, passed_layout = _pad(added), _pad(passed)
+            one_hot = torch.eye(len(whole)).to(like)[:, :, None, None]
+            self.select_passed = _create_conv(one_hot[[whole.index(c) for c in passed_layout]])
             if self.has_skip:
-                self.select_added = _select(whole, added_layout, like)
+                self.select_added = _create_conv(one_hot[[whole.index(c) for c in added_layout]])
 
         self.conv_dws = nn.ModuleList([_lay_out([conv_dw1], layout) for layout in in_layouts])
-        computed_layout = added_layout if self.has_skip else _pad(range(half_chs))
+        computed_layout = added_layout if self.has_skip else _pad(added)
         self.convs = _lay_out(layers, whole, computed_layout)
         self.pools = nn.ModuleList([
             InferencePool(len(layout), like) if isinstance(block.pool, AvgPool2dCeil) else nn.Identity()
@@ -182,13 +188,16 @@ class InferenceBottleneck(nn.Module):
         if self.has_skip:
             self.expand = InferenceExpansion(block.expand, computed_layout)
             self.conv_dw_end = _lay_out([block.conv_dw_end], computed_layout)
-        self.layouts = [[c - in_chs + pass_chs for c in passed_layout], [c + pass_chs for c in computed_layout]]
+        self.out_layouts = [
+            [passed.index(c) if c in passed else -1 for c in passed_layout],
+            [pass_chs + c if c in added else -1 for c in computed_layout],
+        ]
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         contracted: List[torch.Tensor] = []
+        pooled: List[torch.Tensor] = []
         for i, conv_dw in enumerate(self.conv_dws):
             contracted.append(conv_dw(parts[i]))
-        pooled: List[torch.Tensor] = []
         for i, pool in enumerate(self.pools):
             pooled.append(pool(parts[i]))
         x = self.convs(_join(contracted))
@@ -202,47 +211,27 @@ class InferenceBottleneck(nn.Module):
         return [passed, x]
 
 
-class TakeChannels(nn.Module):
-    """Channels at places of a feature map, in its memory format."""
-
-    def __init__(self, places: List[int]):
-        super().__init__()
-        starts = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1] + 1]
-        self.slices = [(places[i], places[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(places)], strict=True)]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts: List[torch.Tensor] = []
-        for start, end in self.slices:
-            parts.append(x[:, start:end])
-        return torch.cat(parts, dim=1)
-
-
-class InferenceStage(nn.Module):
+class InferenceStage(nn.Sequential):
     """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
 
     def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout], in_chs: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.take_parts = nn.ModuleList([
-            nn.Identity() if layout == list(range(in_chs)) else TakeChannels([c % in_chs for c in layout])
-            for layout in in_layouts])
-        out_layout, out_chs = sum(blocks[-1].layouts, []), blocks[-1].out_chs
-        self.take_whole = nn.Identity() if out_layout == list(range(out_chs)) else TakeChannels(
-            [out_layout.index(c) for c in range(out_chs)])
+        super().__init__(*blocks)
+        self.in_slices = [_find_slices(list(range(in_chs)), [c % in_chs for c in layout]) for layout in in_layouts]
+        self.out_slices = _find_slices(sum(blocks[-1].out_layouts, []), range(blocks[-1].out_chs))
 
     def split(self, x: torch.Tensor) -> List[torch.Tensor]:
-        parts: List[torch.Tensor] = []
-        for take in self.take_parts:
-            parts.append(take(x))
-        return parts
+        return [_take(x, slices) for slices in self.in_slices]
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
-        for block in self.blocks:
+        for block in self:
             parts = block.run(parts)
         return parts
 
+    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
+        return _take(_join(parts), self.out_slices)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.take_whole(_join(self.run(self.split(x))))
+        return self.join(self.run(self.split(x)))
 
 
 class InferenceStages(nn.Sequential):
@@ -252,21 +241,19 @@ class InferenceStages(nn.Sequential):
         parts = self[0].split(x)
         for stage in self:
             parts = stage.run(parts)
-        return self[-1].take_whole(_join(parts))
+        return self[-1].join(parts)
 
 
 def _can_lay_out(block: nn.Module) -> bool:
     """Whether a block is one of HBONet's that nobody has edited, with norms that can be folded."""
-    if type(block) is HarmoniousBottleneck:
-        own = [*block.contract, block.conv_dw, block.conv_pwl, *([block.conv_dw_end] if block.has_skip else [])]
-    else:
-        own = [block.conv_dw, block.conv_pwl] if type(block) is InvertedResidual else [block]
+    types = (HarmoniousBottleneck, InvertedResidual, nn.Sequential, AvgPool2dCeil, DropPath, SpatialExpansion)
     layers = [
-        m for name, m in block.named_modules() if type(m) is RepConvNormAct and m.fuse() is not m
-        and m.conv.groups == (m.in_channels if 'dw' in name or 'expand' in name else 1)]
-    others = set(block.modules()) - {block, *(m for layer in layers for m in layer.modules())}
-    types = (nn.Sequential, nn.Identity, AvgPool2dCeil, DropPath, SpatialExpansion)
-    return all(m in layers for m in own) and all(type(m) in types for m in others)
+        m for m in block.modules() if type(m) is RepConvNormAct and m.fuse() is not m
+        and m.conv.groups == (1 if m.conv.kernel_size == (1, 1) else m.in_channels)]
+    known = {m for layer in layers for m in layer.modules()} | {m for m in block.modules() if type(m) in types}
+    optional = ('conv_pw', 'drop_path', 'pool')
+    return type(block) in (HarmoniousBottleneck, InvertedResidual, RepConvNormAct) and all(
+        m in known or (type(m) is nn.Identity and name in optional) for name, m in block.named_modules())
 
 
 class HarmoniousStages(nn.Sequential):
@@ -279,15 +266,14 @@ class HarmoniousStages(nn.Sequential):
         in_chs = next(m.in_channels for m in self.modules() if isinstance(m, RepConvNormAct))
         layouts, inference_stages = [list(range(in_chs))], []
         for stage in self:
-            in_layouts, inference_blocks = layouts, []
+            in_layouts, blocks = layouts, []
             for block in stage:
                 if isinstance(block, HarmoniousBottleneck):
                     # selected once, halves are narrow in all blocks of the stage after the first
-                    inference_block = InferenceBottleneck(block, layouts, selects=len(stage) > 1)
+                    blocks.append(InferenceBottleneck(block, layouts, selects=len(stage) > 1))
                 else:
-                    inference_block = InferenceConvs(block, layouts, 1 if block is self[-1][-1] else CHANNEL_MULTIPLE)
-                inference_blocks.append(inference_block)
-                layouts = inference_block.layouts
-            inference_stages.append(InferenceStage(inference_blocks, in_layouts, in_chs))
-            in_chs = inference_block.out_chs
+                    blocks.append(InferenceConvs(block, layouts, 1 if block is self[-1][-1] else CHANNEL_MULTIPLE))
+                layouts = blocks[-1].out_layouts
+            inference_stages.append(InferenceStage(blocks, in_layouts, in_chs))
+            in_chs = blocks[-1].out_chs
         return InferenceStages(*inference_stages).eval()
