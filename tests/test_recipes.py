@@ -1,26 +1,29 @@
 """The commands of docs/imagenet.md, with the recipes, run timm's own scripts. Training is on two classes of handwritten
-digits.
+digits, and what comes after it is of a run of fine-tuning, as on the page.
 """
 import math
 import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
-from PIL import Image
+from pages import run_page
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
+from timm.data import ImageDataset, create_loader
 from timm_scripts import (
     RECIPES,
     assert_learned,
     best_top1,
     learning_rates,
     load_checkpoint,
+    load_weights,
     needs_repo,
     read_csv,
     result,
     run_command,
+    save_digits,
 )
 
 SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
@@ -46,25 +49,20 @@ def workspace(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def run(workspace, digits):
-    """Function that runs a command of the page with some text in it, and returns what it logged and printed."""
-
-    def run(text, *args, folder='RUN', models='hbonet_*'):
-        places = {'DIR': digits, 'RUN': folder, 'hbonet_*': models}
-        return run_command('imagenet.md', text, *args, cwd=workspace, places=places)
-
-    return run
+def digits(workspace) -> Path:
+    save_digits(workspace / 'digits', classes=2, train=256, validation=64)
+    return workspace / 'digits'
 
 
 @pytest.fixture(scope='module')
-def digits(workspace) -> Path:
-    """Image folder with 256 images for training and 64 for validation."""
-    data = load_digits(n_class=2)
-    for i, (image, label) in enumerate(zip(data.images[:320], data.target[:320], strict=True)):
-        path = workspace / 'digits' / ('train' if i < 256 else 'validation') / str(label) / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 15.9).astype('uint8')).resize((40, 40)).convert('RGB').save(path)
-    return workspace / 'digits'
+def run(workspace, digits):
+    """Function that runs a command of the page with some text in it, and returns what it logged and printed."""
+
+    def run(text, *args, page='imagenet.md', folder='RUN', models='hbonet_*'):
+        places = {'DIR': digits, 'RUN': folder, 'hbonet_*': models}
+        return run_command(page, text, *args, cwd=workspace, places=places)
+
+    return run
 
 
 @pytest.fixture(scope='module')
@@ -90,8 +88,18 @@ def in1k(train):
 def finetune(train, in1k):
     """A run with the fine-tuning recipe that starts from the weights of the other."""
     return train(
-        'finetune', 'hbonet_finetune.yaml', '--pretrained-path', in1k[0] / 'last.pth.tar', '--grad-checkpointing',
-        '--lr', '0.001')
+        'finetune', 'hbonet_finetune.yaml', '--pretrained-path', in1k[0] / 'last.pth.tar', '--lr', '0.001')
+
+
+@pytest.fixture(scope='module')
+def float32_top1(finetune, digits) -> float:
+    """Of the moving average. Training scores it in bfloat16."""
+    checkpoint = finetune[0] / 'model_best.pth.tar'
+    model = timm.create_model('hbonet_010', num_classes=2, checkpoint_path=str(checkpoint)).eval()
+    loader = create_loader(ImageDataset(str(digits / 'validation')), (3, 64, 64), 64, use_prefetcher=False)
+    images, labels = next(iter(loader))
+    with torch.no_grad():
+        return 100 * (model(images).argmax(1) == labels).double().mean().item()
 
 
 def cosine(steps):
@@ -100,11 +108,14 @@ def cosine(steps):
 
 
 def test_imagenet_recipe_follows_the_protocol(in1k):
+    recipe = yaml.safe_load((RECIPES / 'hbonet_in1k.yaml').read_text())
+    expected = dict(model='hbonet_100', epochs=150, batch_size=256, lr=0.05, scale=[0.08, 1.])
+    assert {k: recipe[k] for k in expected} == expected
+
     folder, output = in1k
     assert_learned(folder)
     assert best_top1(output) > 60
     checkpoint = load_checkpoint(folder / 'last.pth.tar')
-
     expected = dict(
         sched='cosine', train_interpolation='bilinear', hflip=0.5, vflip=0., color_jitter=None, aa=None,
         aug_repeats=0, reprob=0., mixup=0., cutmix=0., smoothing=0., drop=0., drop_path=None, clip_grad=None,
@@ -119,15 +130,9 @@ def test_imagenet_recipe_follows_the_protocol(in1k):
     assert learning_rates(output) == pytest.approx(cosine(32), rel=1e-3)
 
 
-def test_imagenet_recipe_values():
-    recipe = yaml.safe_load((RECIPES / 'hbonet_in1k.yaml').read_text())
-    expected = dict(model='hbonet_100', epochs=150, batch_size=256, lr=0.05, scale=[0.08, 1.])
-    assert {k: recipe[k] for k in expected} == expected
-
-
 def test_resume(train, in1k, tmp_path):
     (tmp_path / 'last.pth.tar').write_bytes((in1k[0] / 'checkpoint-0.pth.tar').read_bytes())
-    _, output = train('resume', '--resume', folder=tmp_path)
+    _, output = train('resume', '--resume', '--grad-checkpointing', folder=tmp_path)
     assert 'Train: 0' not in output
     assert learning_rates(output) == pytest.approx(cosine(32)[16:], rel=1e-3)
 
@@ -147,48 +152,58 @@ def test_two_processes(train, workspace):
 
 
 def test_finetuning_recipe(finetune):
-    folder, output = finetune
+    folder, _ = finetune
     assert_learned(folder)
     checkpoint = load_checkpoint(folder / 'last.pth.tar')
     args = vars(checkpoint['args'])
-    flags = ('pretrained', 'model_ema', 'amp', 'channels_last', 'grad_checkpointing')
-    assert all(args[k] for k in flags) and args['amp_dtype'] == 'bfloat16'
+    assert all(args[k] for k in ('pretrained', 'model_ema', 'amp', 'channels_last'))
+    assert args['amp_dtype'] == 'bfloat16'
     assert checkpoint['state_dict_ema'].keys() == checkpoint['state_dict'].keys()
     # one learning rate for each layer
     assert len({group['lr_scale'] for group in checkpoint['optimizer']['param_groups']}) > 9
 
 
-@pytest.mark.parametrize('kind', ['in1k', 'finetune'])
-def test_validate_gives_the_top1_of_training(run, request, kind):
-    folder, output = request.getfixturevalue(kind)
-    flags = ['--use-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last'] if kind == 'finetune' else []
-    found = result(run('validate.py', *SMALL, *LOADER, *flags, folder=folder))
+def test_validate_gives_the_top1_of_training(run, finetune):
+    folder, output = finetune
+    found = result(run('validate.py', *SMALL, *LOADER, folder=folder))
     assert found['top1'] == pytest.approx(best_top1(output), abs=1e-4)
 
 
-def test_avg_checkpoints(run, in1k, workspace):
-    run('avg_checkpoints.py', folder=in1k[0])
-    first, second = (load_checkpoint(in1k[0] / f'checkpoint-{i}.pth.tar')['state_dict'] for i in (0, 1))
-    average = load_file(workspace / 'average.safetensors')
+def test_avg_checkpoints(run, finetune, workspace):
+    run('avg_checkpoints.py', folder=finetune[0])
+    first, second = (load_weights(finetune[0] / f'checkpoint-{i}.pth.tar') for i in (0, 1))
+    average = torch.load(workspace / 'average.pth', weights_only=True)
     assert average.keys() == first.keys()
     for k, v in average.items():
         torch.testing.assert_close(v.double(), (first[k].double() + second[k].double()) / 2)
 
 
-def test_clean_checkpoint(run, in1k, workspace):
-    run('clean_checkpoint.py', folder=in1k[0])
-    cleaned, expected = load_file(workspace / 'clean.safetensors'), load_checkpoint(in1k[0] / 'last.pth.tar')
-    assert cleaned.keys() == expected['state_dict'].keys()
-    assert all(torch.equal(v, expected['state_dict'][k]) for k, v in cleaned.items())
+def test_clean_checkpoint_and_safetensors(run, finetune, workspace, monkeypatch):
+    run('clean_checkpoint.py', folder=finetune[0])
+    monkeypatch.chdir(workspace)
+    run_page('imagenet.md', 'Safetensors')
+    cleaned, expected = load_file('clean.safetensors'), load_weights(finetune[0] / 'last.pth.tar')
+    assert cleaned.keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in cleaned.items())
 
 
-def test_inference(run, in1k, workspace):
+def test_inference(run, finetune, workspace, float32_top1):
     pytest.importorskip('pandas', reason='timm\'s inference.py needs pandas: pip install -e ".[clients]"')
-    run('inference.py', *SMALL, *LOADER, folder=in1k[0])
+    run('inference.py', *SMALL, *LOADER, folder=finetune[0])
     rows = read_csv(workspace / 'results' / 'predictions.csv')
     correct = [Path(row['filename']).parent.name == row['index'] for row in rows]
     assert len(correct) == 64
-    assert 100 * sum(correct) / 64 == best_top1(in1k[1])
+    assert 100 * sum(correct) / 64 == float32_top1
+
+
+@pytest.mark.parametrize('page', ['imagenet.md', 'deployment.md'])
+def test_onnx_export_and_validate(run, finetune, float32_top1, page):
+    for module in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[test]"')
+    run('onnx_export.py', *SMALL, '--checkpoint', finetune[0] / 'model_best.pth.tar', page=page)
+    batch_size = ['--batch-size', '1'] if page == 'deployment.md' else []
+    output = run('onnx_validate.py', '--img-size', '64', '--workers', '1', *batch_size)
+    assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(float32_top1, abs=1e-3)
 
 
 def test_benchmark(run):
@@ -200,11 +215,3 @@ def test_benchmark(run):
 def test_bulk_runner(run, workspace):
     run('bulk_runner.py', *BENCHMARK, models='hbonet_0[12]?')
     assert sorted(row['model'] for row in read_csv(workspace / 'benchmark.csv')) == ['hbonet_010', 'hbonet_025']
-
-
-def test_onnx_export_and_validate(run, in1k):
-    for module in ('onnx', 'onnxruntime', 'onnxscript'):
-        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[test]"')
-    run('onnx_export.py', *SMALL, folder=in1k[0])
-    output = run('onnx_validate.py', '--img-size', '64', '--workers', '1')
-    assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(best_top1(in1k[1]), abs=1e-3)

@@ -16,6 +16,8 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / 'scripts' / 'recipes'
@@ -54,9 +56,24 @@ def run_command(page: str, text: str, *args: object, cwd: Path, places: Dict[str
     return output
 
 
+def save_digits(folder: Path, classes: int, **splits: int) -> None:
+    """Write handwritten digits as a folder of RGB images, with so many of them in each split."""
+    digits = load_digits(n_class=classes)
+    for i, split in enumerate(split for split, count in splits.items() for _ in range(count)):
+        path = folder / split / str(digits.target[i]) / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[i] * 15.9).astype('uint8')).resize((28, 28)).convert('RGB').save(path)
+
+
 def load_checkpoint(path: Path) -> Dict[str, Any]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
+
+
+def load_weights(path: Path) -> Dict[str, torch.Tensor]:
+    """The moving average of a checkpoint, or its weights if it has none."""
+    checkpoint = load_checkpoint(path)
+    return checkpoint.get('state_dict_ema', checkpoint['state_dict'])
 
 
 def read_csv(path: Path) -> List[Dict[str, str]]:

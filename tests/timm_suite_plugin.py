@@ -1,14 +1,13 @@
-"""pytest plugin for timm's own tests: they ask of the HBONet models what they ask of others, and of no others.
-
-Those that take a second (scripting, tracing, pruning, building a model again and again) are for one of each kind.
-"""
+"""pytest plugin for timm's own tests: they ask of the HBONet models what they ask of others, and of no others."""
 import re
 
 import timm
 
 # contraction by 2, for images of 192 x 192; by 4; and by 8
-REPRESENTATIVES = {'hbonet_060', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8'}
-_SLOW = re.compile('torchscript|_fx|prune|pretrained|default_cfgs')
+KINDS = {'hbonet_060', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8'}
+TRACED = {'hbonet_025_8x_d8'}
+# tests that take seconds: building a model again and again; scripting and tracing
+SLOW = {'pretrained|default_cfgs': KINDS, 'torchscript|_fx|prune': TRACED}
 
 
 def pytest_configure():
@@ -23,9 +22,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    selected = []
-    for item in items:
-        model = re.search(r'hbonet_\w+', item.name)
-        if model and (model[0] in REPRESENTATIVES or not _SLOW.search(item.name)):
-            selected.append(item)
-    items[:] = selected
+    models = {item: re.search(r'hbonet_\w+', item.name) for item in items}
+    items[:] = [
+        item for item, model in models.items()
+        if model and all(model[0] in names for tests, names in SLOW.items() if re.search(tests, item.name))]

@@ -1,0 +1,221 @@
+"""The commands of docs/small_datasets.md run timm's own scripts, and results/cifar10 and results/fashion_mnist are what
+their files say.
+
+Training is on handwritten digits, in a folder of images in place of CIFAR-10, and in files of Fashion-MNIST's format.
+"""
+import gzip
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from pages import assert_equal_to
+from PIL import Image
+from script_runner import error_line, run_script
+from timm_scripts import (
+    RECIPES,
+    ROOT,
+    assert_learned,
+    best_top1,
+    learning_rates,
+    load_checkpoint,
+    needs_repo,
+    result,
+    run_command,
+    save_digits,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+PAGE = (ROOT / 'docs' / 'small_datasets.md').read_text(encoding='utf-8')
+CHANNELS = {'cifar10': 3, 'fashion_mnist': 1}
+SMALL = ['--workers', '1', '--batch-size', '16']
+# 20 steps an epoch without warm-up, as few steps learn little of it
+QUICK = ['--epochs', '3', '--lr', '0.02', '--warmup-epochs', '0', '--bn-momentum', '0.5', '--log-interval', '1']
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory) -> Path:
+    """320 digits to train on and 64 to test on: a folder `cifar10`, and what the page makes of Debian's files."""
+    workspace = tmp_path_factory.mktemp('small_datasets')
+    package = workspace / 'package'
+    package.mkdir()
+    save_digits(workspace / 'cifar10', classes=10, train=320, test=64)
+    for folder, name in (('train', 'train'), ('test', 't10k')):
+        paths = sorted((workspace / 'cifar10' / folder).glob('*/*.png'))
+        images = np.stack([Image.open(path).convert('L') for path in paths])
+        labels = np.array([int(path.parent.name) for path in paths], 'uint8')
+        for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+            header = np.array([0x800 + array.ndim, *array.shape], '>i4').tobytes()
+            (package / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
+    code = re.search(r'^mkdir -p DIR.*?^done$', PAGE, re.MULTILINE | re.DOTALL)[0]
+    code = code.replace('/usr/share/datasets/fashion-mnist', 'package').replace('DIR/', 'fashion_mnist/')
+    subprocess.run(['bash', '-euc', code], cwd=workspace, check=True)
+    return workspace
+
+
+@pytest.fixture(scope='module')
+def run(workspace):
+    """Function that runs a command of the page with some text in it, and returns what it logged and printed."""
+
+    def run(text, *args, data='cifar10', folder='RUN'):
+        places = {'DIR': workspace / data, 'OUT': workspace / data / 'out', 'RUN': folder, 'hbonet_035': 'hbonet_010'}
+        return run_command('small_datasets.md', text, *args, cwd=workspace, places=places)
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def cifar10(run, workspace):
+    """The folder of a run, and what was printed."""
+    output = run('RECIPES/cifar10.yaml', *SMALL, *QUICK)
+    return workspace / 'cifar10' / 'out' / 'hbonet_010-seed0', output
+
+
+@pytest.fixture(scope='module')
+def fashion_mnist(run, workspace):
+    output = run('RECIPES/fashion_mnist.yaml', *SMALL, *QUICK, data='fashion_mnist')
+    return workspace / 'fashion_mnist' / 'out' / 'hbonet_010-seed0', output
+
+
+@pytest.fixture(params=CHANNELS)
+def data(request):
+    return request.param
+
+
+@pytest.fixture
+def trained(request, data):
+    return request.getfixturevalue(data)
+
+
+@needs_repo
+def test_train(trained, data):
+    folder, output = trained
+    assert_learned(folder, epochs=3)
+    assert f'input_size: ({CHANNELS[data]}, 32, 32)' in output
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 60)) for step in range(60)]
+    assert learning_rates(output) == pytest.approx(cosine, rel=1e-3)
+
+
+@needs_repo
+def test_validate_gives_the_top1_of_training(run, trained, data, tmp_path):
+    shutil.copy(trained[0] / 'model_best.pth.tar', tmp_path / 'last.pth.tar')
+    text = '--split test' if data == 'cifar10' else '--dataset torch/fashion_mnist'
+    found = result(run(text, *SMALL, data=data, folder=tmp_path))
+    assert found['top1'] == pytest.approx(best_top1(trained[1]), abs=1e-4)
+
+
+@needs_repo
+def test_other_images(run, workspace):
+    """The options of the page's table, all at once."""
+    table = re.findall(r'^\|.+\| `(--[^|]+)` \| (?:`(--[^|]+)`|the same) \|$', PAGE, re.MULTILINE)
+    train = ' '.join(options for options, _ in table).split()
+    validate = ' '.join(other or options for options, other in table).split()
+    for source, place in (('train', 'train'), ('test', 'holdout')):
+        for label in '01':
+            shutil.copytree(workspace / 'cifar10' / source / label, workspace / 'other' / place / label)
+    output = run('RECIPES/cifar10.yaml', *SMALL, *QUICK, '--epochs', '1', *train, data='other')
+    assert 'input_size: (1, 64, 64)' in output
+    folder = workspace / 'other' / 'out' / 'hbonet_010-seed0'
+    found = result(run('--split test', *SMALL, *validate, data='other', folder=folder))
+    assert found['top1'] == pytest.approx(best_top1(output), abs=1e-4)
+
+
+@needs_repo
+def test_export(run, trained, data, workspace):
+    for module in ('timmx', 'onnx', 'onnxscript', 'onnxslim', 'onnxruntime'):
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[test]", Python 3.11')
+    import onnxruntime
+    options = '--in-chans 1 --input-size 1 32 32'
+    assert f'`{options}`' in PAGE
+    run('timmx', *options.split() if data == 'fashion_mnist' else [], folder=trained[0])
+    model = timm.create_model('hbonet_010', num_classes=10, in_chans=CHANNELS[data]).eval()
+    model.load_state_dict(load_checkpoint(trained[0] / 'last.pth.tar')['state_dict'])
+    images = torch.randn(3, CHANNELS[data], 32, 32)
+    found = onnxruntime.InferenceSession(workspace / 'hbonet_010.onnx').run(None, {'input': images.numpy()})[0]
+    assert_equal_to(found, model(images))
+
+
+@pytest.fixture
+def draw():
+    """Function that calls the script, and returns its status and what it writes to stdout and stderr."""
+    pytest.importorskip('matplotlib', reason="needs matplotlib: pip install -e '.[scripts]'")
+    return lambda *args: run_script('draw_training_curves.py', *args)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Function that writes a run. Has written two of one model and one of another, of two epochs."""
+
+    def write(name, *top1):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        rows = [f'{epoch},{2 - epoch},{1.5 - epoch},{value},99,0.1' for epoch, value in enumerate(top1)]
+        path.write_text('\n'.join(['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', *rows]))
+
+    write('small-seed0.csv', 70, 80)
+    write('small-seed1.csv', 71, 83)
+    write('large-seed7/summary.csv', 88, 87)
+    write('other.csv')
+    return write
+
+
+def test_curves_and_table(draw, write, tmp_path):
+    status, output, error = draw(tmp_path)
+    assert status == 0 and error == ''
+    assert output.splitlines()[2:] == [
+        '| `large` | 7 | 87.00 | 87.00 |  | 87.00 to 87.00 | 1.000 | 0.500 |',
+        '| `small` | 0, 1 | 80.00, 83.00 | 81.50 | 2.12 | 80.00 to 83.00 | 1.000 | 0.500 |',
+    ]
+    with Image.open(tmp_path / 'curves.png') as picture:
+        assert picture.format == 'PNG' and picture.width > 1000
+
+    import draw_training_curves
+    top1, loss = draw_training_curves.draw(draw_training_curves.read_runs(tmp_path)).axes
+    assert [(line.get_label(), *line.get_xydata().ravel()) for line in top1.lines] == [
+        ('large', 1, 88, 2, 87), ('small', 1, 70.5, 2, 81.5)]
+    assert {tuple(line.get_ydata()) for line in loss.lines} == {(2, 1)}
+    assert {tuple(x) for x in top1.collections[1].get_paths()[0].vertices} >= {(1, 70), (1, 71), (2, 80), (2, 83)}
+
+
+@pytest.mark.parametrize('name, top1, message', [
+    ('small-seed1.csv', [71], 'have large-seed7 2, small-seed0 2, small-seed1 1. Finish or remove the short ones.'),
+    ('small-seed1.csv', [], 'must have the epochs from 0 in order, and has []'),
+    ('small-seed1.csv', [71, 'nothing'], 'is not a summary.csv of train.py with epoch, train_loss'),
+    ('empty/other.csv', [], 'has no MODEL-seedN.csv and no MODEL-seedN/summary.csv.'),
+])
+def test_errors(draw, write, tmp_path, name, top1, message):
+    write(name, *top1)
+    folder = (tmp_path / name).parent
+    status, _, error = draw(folder)
+    assert status == 1 and message in error_line(error)
+    assert not (folder / 'curves.png').exists()
+
+
+def test_results_are_those_of_the_files(draw, data, tmp_path):
+    folder = ROOT / 'results' / data
+    page = (folder / 'README.md').read_text(encoding='utf-8')
+    for runs in {path.parent for path in folder.rglob('*-seed*.csv')}:
+        status, table, _ = draw(runs, '--output', tmp_path / 'curves.png')
+        assert status == 0 and table in page
+    assert (folder / 'curves.png').exists() and '](curves.png)' in page
+    epochs = yaml.safe_load((RECIPES / f'{data}.yaml').read_text())['epochs']
+    assert {len(path.read_text().splitlines()) for path in folder.glob('*-seed*.csv')} == {1 + epochs}
+
+
+def test_costs_in_the_results(data):
+    folder = ROOT / 'results' / data
+    page = (folder / 'README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|$', page, re.MULTILINE)
+    assert {path.name.partition('-')[0] for path in folder.glob('*-seed*.csv')} == {name for name, *_ in rows}
+    for name, *cells in rows:
+        model = timm.create_model(name, num_classes=10, in_chans=CHANNELS[data]).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, CHANNELS[data], 32, 32))
+        parameters = sum(p.numel() for p in model.parameters())
+        assert cells == [f'{counter.get_total_flops() / 2e6:.3f}', f'{parameters / 1e6:.3f}']
