@@ -94,20 +94,17 @@ def trained(request, data):
 
 
 @needs_repo
-def test_train(trained, data):
+def test_train_and_validate(run, trained, data, tmp_path):
     folder, output = trained
     assert_learned(folder, epochs=3)
     assert f'input_size: ({CHANNELS[data]}, 32, 32)' in output
     cosine = [0.01 * (1 + math.cos(math.pi * step / 60)) for step in range(60)]
     assert learning_rates(output) == pytest.approx(cosine, rel=1e-3)
 
-
-@needs_repo
-def test_validate_gives_the_top1_of_training(run, trained, data, tmp_path):
-    shutil.copy(trained[0] / 'model_best.pth.tar', tmp_path / 'last.pth.tar')
+    shutil.copy(folder / 'model_best.pth.tar', tmp_path / 'last.pth.tar')
     text = '--split test' if data == 'cifar10' else '--dataset torch/fashion_mnist'
     found = result(run(text, *SMALL, data=data, folder=tmp_path))
-    assert found['top1'] == pytest.approx(best_top1(trained[1]), abs=1e-4)
+    assert found['top1'] == pytest.approx(best_top1(output), abs=1e-4)
 
 
 @needs_repo
