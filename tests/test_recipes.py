@@ -87,7 +87,7 @@ def in1k(train):
 def finetune(train, in1k):
     """A run with the fine-tuning recipe that starts from the weights of the other."""
     return train(
-        'finetune', 'hbonet_finetune.yaml', '--pretrained-path', in1k[0] / 'last.pth.tar', '--lr', '0.001')
+        'finetune', 'hbonet_finetune.yaml', '--pretrained-path', in1k[0] / 'last.pth.tar', '--lr', '0.003')
 
 
 @pytest.fixture(scope='module')
@@ -156,10 +156,13 @@ def test_finetuning_recipe(finetune):
     assert len({group['lr_scale'] for group in checkpoint['optimizer']['param_groups']}) > 9
 
 
-def test_validate_gives_the_top1_of_training(run, finetune):
+def test_validate_gives_the_scores_of_training(run, finetune):
     folder, output = finetune
-    found = result(run('python validate.py', *SMALL, *LOADER, folder=folder))
-    assert found['top1'] == pytest.approx(best_top1(output), abs=1e-4)
+    found = run('python validate.py', *SMALL, *LOADER, '--log-freq', '1', folder=folder)
+    assert result(found)['top1'] == pytest.approx(best_top1(output), abs=1e-4)
+    best = read_csv(folder / 'summary.csv')[load_checkpoint(folder / 'model_best.pth.tar')['epoch']]
+    *_, loss = re.findall(r'Loss: .*\( *([\d.]+)\) +Acc@1', found)
+    assert float(loss) == pytest.approx(float(best['eval_loss']), abs=1e-3)
 
 
 def test_avg_checkpoints(run, finetune, workspace):
