@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train and evaluate a timm model for person re-identification on Market-1501.
+"""Train a timm model for re-identification on data in the layout of Market-1501, evaluate it, or find an image again.
 
 Identity cross entropy and batch-hard triplet loss on the model's pooled features, then CMC rank-1, rank-5, rank-10 and
 mAP under the single-query protocol, with a picture of the top matches. Runs on a GPU if there is one, and in several
@@ -8,19 +8,22 @@ processes with torchrun. See docs/market1501.md.
 import argparse
 import io
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from script_utils import (
     BadInput,
     create_model,
     create_output_dir,
     number,
+    raise_errors,
     read_image,
     requirements,
     run_script,
@@ -28,20 +31,21 @@ from script_utils import (
 )
 from timm.data import resolve_model_data_config
 from timm.utils import random_seed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
-from training import add_training_options, autocast, restore, start_run, train
+from training import add_training_options, autocast, check_overlap, restore, start_run, train
 
 with requirements():
-    from matplotlib.figure import Figure
+    from pandas import DataFrame
     from pytorch_metric_learning.losses import TripletMarginLoss
     from pytorch_metric_learning.miners import BatchHardMiner
     from pytorch_metric_learning.samplers import MPerClassSampler
 
 TRAIN, QUERY, GALLERY = 'bounding_box_train', 'query', 'bounding_box_test'
 DISTRACTOR = 0  # junk is -1
-FILE_NAME = re.compile(r'(-1|[0-9]{4})_c([0-9])s[0-9]_[0-9]{6}_[0-9]{2}(\.(jpe?g|png))+', re.IGNORECASE)
+FILE_NAME = re.compile(r'(-1|[0-9]{1,18})_c([0-9]{1,18})([^0-9].*)?\.(jpe?g|png)', re.IGNORECASE)
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 RANKS = (1, 5, 10)
 EVAL_BATCH_SIZE = 128
 
@@ -52,24 +56,14 @@ class Sample(NamedTuple):
     camera: int
 
 
+Data = Dict[str, List[Sample]]
+
+
 class Features(NamedTuple):
     """Embeddings (N, D) of unit length with identities (N,) and cameras (N,)."""
     embeddings: torch.Tensor
     identities: torch.Tensor
     cameras: torch.Tensor
-
-
-class Images(Dataset):
-    def __init__(self, samples: Sequence[Sample], labels: Sequence[int], transform: Callable):
-        self.samples = samples
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        return self.transform(read_image(self.samples[index].path)), self.labels[index]
 
 
 class ReidModel(nn.Module):
@@ -80,57 +74,63 @@ class ReidModel(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        embeddings = self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
-        return embeddings, self.backbone.get_classifier()(embeddings)
+        features = self.backbone.forward_features(x)
+        # not by get_classifier(), which takes a map in some models, and is more than one layer in others
+        return self.backbone.forward_head(features, pre_logits=True), self.backbone.forward_head(features)
 
 
-def read_split(root: Path, split: str) -> List[Sample]:
-    """List a folder of the data set, sorted by name: persons, in the gallery also distractors, never junk.
-
-    Raises:
-        BadInput: If the folder is missing or empty, or a name is not one of Market-1501.
-    """
-    folder = root / split
+def read_split(folder: Path, errors: List[str]) -> List[Sample]:
+    """List a folder of the data set, sorted by name. Names that are wrong go to `errors`."""
     samples = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.startswith('.') or path.name.lower() in ('thumbs.db', 'desktop.ini'):
-            continue  # of a file manager
         match = FILE_NAME.fullmatch(path.name)
-        if not match:
-            raise BadInput(
-                f'{path} is not named as in Market-1501, IDENTITY_cCAMERAsSEQUENCE_FRAME_BOX.jpg (or .jpeg, .png) like '
+        if match and path.name.isprintable():
+            samples.append(Sample(path, int(match[1]), int(match[2])))
+        elif not path.name.startswith('.') and path.name.lower() not in ('thumbs.db', 'desktop.ini'):
+            errors.append(
+                f'{path} is not named IDENTITY_cCAMERA, what you like after it, and .jpg, .jpeg or .png at the end, as '
                 f'0002_c1s1_000451_03.jpg. Rename or remove it.')
-        sample = Sample(path, int(match[1]), int(match[2]))
-        if sample.identity > DISTRACTOR or (sample.identity == DISTRACTOR and split == GALLERY):
-            samples.append(sample)
-    if not samples:
-        raise BadInput(
-            f'{folder} {"has no images of persons" if folder.is_dir() else "is missing"}. Give the folder that the '
-            f'archive of Market-1501 makes, with {TRAIN}, {QUERY} and {GALLERY}.')
     return samples
 
 
-def read_train(root: Path) -> List[Sample]:
-    samples = read_split(root, TRAIN)
-    counts = Counter(s.identity for s in samples)
-    for sample in samples:
-        if counts[sample.identity] == 1:
+def read_data(args: argparse.Namespace) -> Data:
+    """Read and check the folders that are needed: persons, in the gallery also distractors, never junk."""
+    errors, data = [], {}
+    for split in (QUERY, GALLERY) if args.evaluate else (TRAIN, QUERY, GALLERY):
+        folder = args.data / split
+        found = read_split(folder, errors)
+        data[split] = [s for s in found if s.identity > DISTRACTOR or (split, s.identity) == (GALLERY, DISTRACTOR)]
+        identities = {s.identity for s in data[split]} - {DISTRACTOR}
+        if not identities and not errors:
             raise BadInput(
-                f'{sample.path} is the only image of identity {sample.identity:04}, and the triplet loss needs two of '
-                f'each. Add another, or remove it.')
-    return samples
+                f'{folder} {"has no images of identities from 1" if folder.is_dir() else "is missing"}. Give a folder '
+                f'with {TRAIN}, {QUERY} and {GALLERY}, as the archive of Market-1501 makes it.')
+        if args.rank == 0:
+            left_out = len(found) - len(data[split])
+            print(f'{split}: {len(data[split])} images, {len(identities)} identities, {left_out} left out as junk')
+    raise_errors(errors, quiet=args.rank > 0)
+    check_overlap(args, {k: [f'identity {s.identity:04}' for s in v] for k, v in data.items() if k != QUERY})
+    counts, cameras = Counter(s.identity for s in data.get(TRAIN, ())), defaultdict(set)
+    for _, identity, camera in data[GALLERY]:
+        cameras[identity].add(camera)
+    errors += [
+        f'{path} is the only image of identity {identity:04}, and the triplet loss needs two of each. Add another, or '
+        f'remove it.' for path, identity, _ in data.get(TRAIN, ()) if counts[identity] == 1]
+    errors += [
+        f'{path} has no match: {folder} has no image of identity {identity:04} from another camera than {camera}. Add '
+        f'one, or remove the query.' for path, identity, camera in data[QUERY] if not cameras[identity] - {camera}]
+    check_images([s.path for samples in data.values() for s in samples], errors, args)
+    return data
 
 
-def read_test(root: Path) -> Tuple[List[Sample], List[Sample]]:
-    query, gallery = read_split(root, QUERY), read_split(root, GALLERY)
-    found = {(s.identity, s.camera) for s in gallery}
-    cameras = {s.camera for s in gallery}
-    for sample in query:
-        if not any((sample.identity, camera) in found for camera in cameras - {sample.camera}):
-            raise BadInput(
-                f'{sample.path} has no match: {root / GALLERY} has no image of identity {sample.identity:04} from '
-                f'another camera than {sample.camera}. Add one, or remove the query.')
-    return query, gallery
+def check_images(paths: Sequence[Path], errors: List[str], args: argparse.Namespace) -> None:
+    """Read all images now, as one that is damaged would end a long run, and the next one the run after it."""
+    for path in tqdm(paths, 'Check', leave=False, disable=args.rank > 0):
+        try:
+            read_image(path)
+        except BadInput as e:
+            errors.append(str(e))
+    raise_errors(errors, quiet=args.rank > 0)
 
 
 def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
@@ -149,8 +149,7 @@ def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
 def compute_metrics(query: Features, gallery: Features) -> Dict[str, float]:
     """Compute mAP and CMC in percent. Each query must have a match in the gallery from another camera."""
     values = []
-    rankings = tqdm(
-        rank_gallery(query, gallery), 'Ranking', total=len(query.identities), unit='query', leave=False)
+    rankings = tqdm(rank_gallery(query, gallery), 'Ranking', total=len(query.identities), unit='query', leave=False)
     for identity, ranking in zip(query.identities, rankings, strict=True):
         ranks = (gallery.identities[ranking] == identity).nonzero().flatten() + 1  # of the matches
         precisions = torch.arange(1, len(ranks) + 1) / ranks.double()
@@ -159,103 +158,114 @@ def compute_metrics(query: Features, gallery: Features) -> Dict[str, float]:
     return dict(zip(('mAP', *(f'rank-{r}' for r in RANKS)), (100 * means).tolist(), strict=True))
 
 
-def create_transform(args: argparse.Namespace, data_config: Dict[str, Any], is_training: bool) -> Callable:
-    height, width = args.image_size
-    transforms = [v2.Resize((height, width), interpolation=v2.InterpolationMode(data_config['interpolation']))]
-    if is_training:
-        # 10 pixels at the usual 256 x 128
-        transforms += [v2.RandomHorizontalFlip(), v2.Pad(height // 25), v2.RandomCrop((height, width))]
-    transforms += [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(data_config['mean'], data_config['std']),
-    ]
-    if is_training:
-        transforms.append(v2.RandomErasing())
-    return v2.Compose(transforms)
+def load_batch(items: Sequence[Tuple[Path, int]], transform: Callable) -> Tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([transform(read_image(path)) for path, _ in items]), torch.tensor([label for _, label in items])
+
+
+def create_transform(args: argparse.Namespace, model: ReidModel, is_training: bool) -> Callable:
+    config, size = resolve_model_data_config(model.backbone), args.image_size
+    transforms = [v2.Resize(size, interpolation=v2.InterpolationMode(config['interpolation']))]
+    if is_training:  # the padding is 10 pixels at the usual 256 x 128
+        transforms += [v2.RandomHorizontalFlip(), v2.Pad(size[0] // 25), v2.RandomCrop(size)]
+    transforms += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config['mean'], config['std'])]
+    return v2.Compose([*transforms, v2.RandomErasing()] if is_training else transforms)
 
 
 @torch.inference_mode()
-def extract(model: ReidModel, samples: Sequence[Sample], args: argparse.Namespace, desc: str) -> Features:
-    transform = create_transform(args, resolve_model_data_config(model.backbone), is_training=False)
-    identities = [s.identity for s in samples]
-    loader = DataLoader(Images(samples, identities, transform), EVAL_BATCH_SIZE, num_workers=args.workers)
+def extract(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace, desc: str) -> torch.Tensor:
+    """Embeddings (N, D) of unit length on the CPU."""
+    collate = partial(load_batch, transform=create_transform(args, model, is_training=False))
+    loader = DataLoader([(p, 0) for p in paths], EVAL_BATCH_SIZE, num_workers=args.workers, collate_fn=collate)
     model.eval()
     embeddings = []
     for images, _ in tqdm(loader, desc, leave=False):
         with autocast(args):
             embeddings.append(model(images.to(args.device))[0].float())
-    embeddings = F.normalize(torch.cat(embeddings)).cpu()
-    return Features(embeddings, torch.tensor(identities), torch.tensor([s.camera for s in samples]))
+    return F.normalize(torch.cat(embeddings)).cpu()
 
 
-def evaluate(model: ReidModel, test: Tuple[List[Sample], List[Sample]], args: argparse.Namespace) -> None:
-    query, gallery = (extract(model, s, args, d) for s, d in zip(test, ('Query', 'Gallery'), strict=True))
-    metrics = compute_metrics(query, gallery)
-    path = args.output_dir / 'matches.png'
-    draw_matches(test, query, gallery, path)
-    print(', '.join(f'{name} {value:.2f} %' for name, value in metrics.items()))
-    print(f'Picture of the top matches: {path}')
+def evaluate(model: ReidModel, data: Data, args: argparse.Namespace) -> Dict[str, float]:
+    """Compute the metrics, and draw some queries, evenly chosen, each with its 10 best matches."""
+    features = []
+    for split in (QUERY, GALLERY):
+        paths, identities, cameras = zip(*data[split], strict=True)
+        features.append(Features(extract(model, paths, args, split), torch.tensor(identities), torch.tensor(cameras)))
+    query, gallery = features
+    chosen = torch.linspace(0, len(data[QUERY]) - 1, min(8, len(data[QUERY]))).long()
+    rows = []
+    for i, ranking in zip(chosen.tolist(), rank_gallery(Features(*(v[chosen] for v in query)), gallery), strict=True):
+        path, wanted, camera = data[QUERY][i]
+        rows.append([(path, f'query\ncamera {camera}', 'black')])
+        for path, identity, camera in (data[GALLERY][j] for j in ranking[:10].tolist()):
+            name = 'distractor' if identity == DISTRACTOR else f'{identity:04}'
+            rows[-1].append((path, f'{name}\ncamera {camera}', 'lime' if identity == wanted else 'red'))
+    draw_matches(rows, args)
+    return compute_metrics(query, gallery)
 
 
-def draw_matches(test: Tuple[List[Sample], List[Sample]], query: Features, gallery: Features, path: Path) -> None:
-    """Draw some queries, evenly chosen, each with its 10 best matches."""
-    rows = torch.linspace(0, len(test[0]) - 1, min(8, len(test[0]))).long()
-    figure = Figure(figsize=(11, 2.2 * len(rows)), dpi=100, layout='constrained')
-    places = figure.subplots(len(rows), 11, squeeze=False)
-    for axes in places.flat:
-        axes.axis('off')
-    rankings = rank_gallery(Features(*(values[rows] for values in query)), gallery)
-    for row, index, ranking in zip(places, rows.tolist(), rankings, strict=True):
-        wanted = test[0][index]
-        shown = [(wanted, 'query', 'black')]
-        for i in ranking[:10].tolist():
-            sample = test[1][i]
-            name = 'distractor' if sample.identity == DISTRACTOR else f'{sample.identity:04}'
-            shown.append((sample, name, 'limegreen' if sample.identity == wanted.identity else 'red'))
-        for axes, (sample, name, color) in zip(row, shown, strict=False):
-            axes.imshow(read_image(sample.path))
-            axes.set_title(f'{name}\ncamera {sample.camera}', fontsize=8, color='black')
-            axes.axis('on')
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(color=color, linewidth=3)
+def predict(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace) -> None:
+    """Rank images by cosine similarity to `args.predict`, in a table and a picture."""
+    embeddings = extract(model, [args.predict, *paths], args, 'Images')
+    similarities, order = (embeddings[1:] @ embeddings[0]).sort(descending=True, stable=True)
+    ranked = [(i, s, paths[j]) for i, (s, j) in enumerate(zip(similarities.tolist(), order, strict=True), 1)]
+    table = DataFrame(ranked, columns=['rank', 'similarity', 'image']).to_csv(index=False, float_format='%.4f')
+    write_file(args.output_dir / 'matches.csv', table.encode(errors='surrogateescape'))
+    matches = [(path, f'{i}\n{similarity:.4f}', 'gray') for i, similarity, path in ranked[:10]]
+    draw_matches([[(args.predict, 'query', 'black'), *matches]], args)
+    print(f'Table of the matches: {args.output_dir / "matches.csv"}')
+
+
+def draw_matches(rows: Sequence[Sequence[Tuple[Path, str, str]]], args: argparse.Namespace) -> None:
+    """Draw rows of images, each with its title and the color of its frame."""
+    picture = Image.new('RGB', (100 * max(map(len, rows)), 200 * len(rows)), 'white')
+    for y, row in enumerate(rows):
+        for x, (path, title, color) in enumerate(row):
+            image = read_image(path)
+            scale = min(90 / image.width, 160 / image.height)
+            image = image.resize([max(1, round(scale * length)) for length in image.size])
+            picture.paste(ImageOps.expand(image, 3, color), (100 * x, 200 * y + 30))
+            ImageDraw.Draw(picture).text((100 * x, 200 * y + 3), title, 'black')
     content = io.BytesIO()
-    figure.savefig(content, format='png')
-    write_file(path, content.getvalue())
+    picture.save(content, format='PNG')
+    write_file(args.output_dir / 'matches.png', content.getvalue())
 
 
 def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> ReidModel:
-    model = create_model(args.model, pretrained=pretrained, num_classes=args.num_classes)
-    if not isinstance(model.get_classifier(), nn.Linear):
-        raise BadInput(f'--model {args.model} has no linear classifier. Choose one that has, as hbonet_100.')
-    if hasattr(model, 'set_input_size'):
-        try:
-            model.set_input_size(img_size=tuple(args.image_size))
-        except Exception as e:  # each of timm's families has errors of its own
-            raise BadInput(f'--model {args.model} does not take --image-size {args.image_size}: {e}') from None
-    return ReidModel(model).to(args.device)
-
-
-def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict[str, Any]]) -> ReidModel:
-    samples = read_train(args.data)
-    identities = sorted({s.identity for s in samples})
-    if len(identities) * args.images_per_identity < args.batch_size:
+    backbone = create_model(args.model, pretrained=pretrained, num_classes=args.num_classes)
+    model = ReidModel(backbone).eval()
+    try:
+        if hasattr(backbone, 'set_input_size'):
+            backbone.set_input_size(img_size=tuple(args.image_size))
+        with torch.no_grad():
+            embeddings, logits = model(torch.zeros(2, 3, *args.image_size))
+        torch.cat([embeddings, logits], dim=1)
+    except Exception as e:  # each of timm's families has errors of its own
         raise BadInput(
-            f'{args.data / TRAIN} has {len(identities)} identities, with --images-per-identity '
-            f'{args.images_per_identity} too few for --batch-size {args.batch_size}. Give a smaller one.')
-    args.num_classes = len(identities)
+            f'--model {args.model} does not take --image-size {args.image_size}: {e} It is made for '
+            f'{backbone.pretrained_cfg["input_size"][1:]}.') from None
+    return model.to(args.device)
+
+
+def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict], data: Data) -> Dict[str, float]:
+    """Train. Returns the metrics after the last epoch, in the first process."""
+    names = sorted({s.identity for s in data[TRAIN]})
+    if len(names) * args.images_per_identity < args.batch_size:
+        raise BadInput(
+            f'{args.data / TRAIN} has {len(names)} identities, with --images-per-identity {args.images_per_identity} '
+            f'too few for --batch-size {args.batch_size}. Give a smaller one.')
+    args.num_classes = len(names)
     random_seed(args.seed)
     model = create_reid_model(args, args.pretrained and not checkpoint)
-    transform = create_transform(args, resolve_model_data_config(model.backbone), is_training=True)
-    labels = [identities.index(s.identity) for s in samples]
-    dataset = Images(samples, labels, transform)
-    epoch_size = max(args.batch_size, len(samples) // args.world_size)
-    miner, triplet_loss = BatchHardMiner(), TripletMarginLoss(margin=0.3)
+    collate = partial(load_batch, transform=create_transform(args, model, is_training=True))
+    classes = dict(zip(names, range(len(names)), strict=True))
+    dataset = [(s.path, classes[s.identity]) for s in data[TRAIN]]
+    labels = [label for _, label in dataset]
+    epoch_size = max(args.batch_size, len(dataset) // args.world_size)
+    miner, triplet_loss, metrics = BatchHardMiner(), TripletMarginLoss(margin=0.3), {}
 
     def create_loader(epoch: int) -> DataLoader:
         sampler = MPerClassSampler(labels, args.images_per_identity, args.batch_size, epoch_size)
-        return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers)
+        return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, collate_fn=collate)
 
     def compute_loss(parallel: nn.Module, batch: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         images, targets = (values.to(args.device) for values in batch)
@@ -264,40 +274,64 @@ def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict[
         embeddings = embeddings.float()
         return F.cross_entropy(logits.float(), targets) + triplet_loss(embeddings, targets, miner(embeddings, targets))
 
+    def evaluate_epoch(epoch: int) -> Dict[str, float]:
+        if args.rank > 0 or ((epoch + 1) % args.eval_every and epoch + 1 < args.epochs):
+            return {}
+        metrics.update(evaluate(model, data, args))
+        return metrics
+
+    classifiers = model.backbone.pretrained_cfg['classifier']
     train(
         args, script, model, model.backbone, opt='adam', warmup_epochs=args.epochs // 12, create_loader=create_loader,
-        compute_loss=compute_loss, images=[s.path.name for s in samples], checkpoint=checkpoint)
-    return model
+        compute_loss=compute_loss, images=[path.name for path, _ in dataset], checkpoint=checkpoint,
+        evaluate=evaluate_epoch, last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
+    return metrics
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('data', type=Path, metavar='DIR', help=f'folder that has {TRAIN}, {QUERY} and {GALLERY}')
+    add('data', type=Path, metavar='DIR',
+        help=f'folder that has {TRAIN}, {QUERY} and {GALLERY}, or any images to --predict with')
     add_training_options(parser, 'market1501', epochs=120, batch_size=64, lr=3.5e-4)
     add('--image-size', type=number(int, 1), nargs=2, default=[256, 128], metavar=('HEIGHT', 'WIDTH'),
         help='(default: 256 128)')
     add('--images-per-identity', type=number(int, 2), default=4, metavar='N',
         help='in a batch, a divisor of --batch-size (default: %(default)s)')
+    add('--eval-every', type=number(int, 1), default=10, metavar='N',
+        help='evaluate after so many epochs, and at the end (default: %(default)s)')
+    add('--predict', type=Path, metavar='IMAGE',
+        help='with --evaluate FILE: rank all images in DIR and its folders by similarity to this one')
     return parser
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    checkpoint = start_run(args, parser)
+    if args.predict and not args.evaluate:
+        parser.error('--predict takes a checkpoint by --evaluate FILE')
+    checkpoint, data = start_run(args, parser), {}
     if args.batch_size % args.images_per_identity or args.batch_size == args.images_per_identity:
         parser.error(
             f'--batch-size must be 2 or more times --images-per-identity {args.images_per_identity}, got '
             f'{args.batch_size}')
-    test = read_test(args.data)
+    paths = sorted(p for p in args.data.rglob('[!.]*') if args.predict and p.suffix.lower() in EXTENSIONS)
+    if args.predict and not paths:
+        raise BadInput(f'{args.data} has no images ({", ".join(EXTENSIONS)}) to rank. Give another folder.')
+    if args.predict:
+        check_images([args.predict, *paths], [], args)
+    else:
+        data = read_data(args)
     if args.evaluate:
         model = create_reid_model(args)
         restore(args.evaluate, model.backbone)
         if args.rank == 0:
             create_output_dir(args)
+            metrics = predict(model, paths, args) if args.predict else evaluate(model, data, args)
     else:
-        model = train_reid(args, parser.prog, checkpoint)
+        metrics = train_reid(args, parser.prog, checkpoint, data)
     if args.rank == 0:
-        evaluate(model, test, args)
+        if metrics:
+            print(', '.join(f'{name} {value:.2f} %' for name, value in metrics.items()))
+        print(f'Picture of the top matches: {args.output_dir / "matches.png"}')
     if args.distributed:
         dist.destroy_process_group()
 
