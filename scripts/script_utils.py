@@ -7,7 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Union
+from typing import Any, Callable, Iterator, Sequence, Union
 
 import numpy as np
 import timm
@@ -18,6 +18,16 @@ from timm.utils import get_outdir
 
 class BadInput(Exception):
     """A file or an option that the user has to change, and how. The message is one line."""
+
+
+def raise_errors(errors: Sequence[str], quiet: bool = False) -> None:
+    """Name up to 20 files that are wrong, and say how many more there are."""
+    if len(errors) > 1 and not quiet:
+        print(*errors[:20], sep='\n', file=sys.stderr)
+    if errors:
+        more = f', and {len(errors) - 20} more' if len(errors) > 20 else ''
+        raise BadInput(
+            errors[0] if len(errors) == 1 else f'{len(errors)} are wrong: the {min(len(errors), 20)} above{more}.')
 
 
 @contextmanager

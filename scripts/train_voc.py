@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Train SSDLite on PASCAL VOC with a timm model as backbone, and evaluate it.
+"""Train SSDLite with a timm model as backbone on data in the layout of PASCAL VOC, evaluate, and detect.
 
-Trains on 2007 + 2012 trainval, and evaluates on 2007 test. Runs on a GPU if there is one, and in several processes with
-torchrun. See docs/voc.md.
+DIR is one folder with Annotations, JPEGImages and ImageSets/Main, with classes of its own, or VOCdevkit as published.
+Runs on a GPU if there is one, and in several processes with torchrun. See docs/voc.md.
 """
 import argparse
 import io
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -14,21 +15,38 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from script_utils import BadInput, create_model, create_output_dir, number, run_script, write_file
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from script_utils import (
+    BadInput,
+    create_model,
+    create_output_dir,
+    number,
+    raise_errors,
+    read_image,
+    requirements,
+    run_script,
+    write_file,
+)
 from timm.data import resolve_model_data_config
 from timm.utils import random_seed
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
-from training import add_training_options, autocast, restore, start_run, train
-from voc import CLASSES, VOC, Target, VOCScore, voc_score
+from training import add_training_options, autocast, check_overlap, restore, start_run, train
+from voc import CLASSES, VOC, Sample, Target, VOCScore, read_lines, read_samples, voc_score
 
-PICTURE_SCORE = 0.3  # lowest score that is drawn
+with requirements():
+    import pandas as pd
+    from matplotlib import get_data_path
+
+FONT = f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf'
+TILE = 400  # width and height in pixels, of the picture of detections
+to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 class SSDLiteBackbone(nn.Module):
@@ -59,7 +77,8 @@ class SSDLiteBackbone(nn.Module):
         maps = self.features(x)
         for block in self.extra:
             maps.append(block(maps[-1]))
-        return OrderedDict((str(i), v) for i, v in enumerate(maps))
+        # torchvision computes the default boxes in the maps' dtype, which autocast changes
+        return OrderedDict((str(i), v.float()) for i, v in enumerate(maps))
 
 
 class Float32Head(SSDLiteHead):
@@ -69,12 +88,20 @@ class Float32Head(SSDLiteHead):
         return {k: v.float() for k, v in super().forward(x).items()}
 
 
-def create_detector(name: str, image_size: int, pretrained: bool = False) -> SSD:
+def create_detector(
+        name: str,
+        image_size: int,
+        num_classes: int = len(CLASSES),
+        min_ratio: float = 0.2,
+        pretrained: bool = False,
+) -> SSD:
     """SSDLite with torchvision's default boxes and thresholds, on a timm model.
 
     Args:
         name: timm model name.
         image_size: Height and width that images are resized to.
+        num_classes: Number of classes, without the background.
+        min_ratio: Size of the smallest default boxes, as a part of the image.
         pretrained: Load the backbone's pretrained weights.
 
     Raises:
@@ -82,12 +109,11 @@ def create_detector(name: str, image_size: int, pretrained: bool = False) -> SSD
     """
     norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
     backbone = SSDLiteBackbone(name, pretrained, norm_layer)
-    anchors = DefaultBoxGenerator([[2, 3] for _ in backbone.out_channels], min_ratio=0.2, max_ratio=0.95)
-    head = Float32Head(
-        backbone.out_channels, anchors.num_anchors_per_location(), len(CLASSES) + 1, norm_layer)
+    anchors = DefaultBoxGenerator([[2, 3] for _ in backbone.out_channels], min_ratio=min_ratio, max_ratio=0.95)
+    head = Float32Head(backbone.out_channels, anchors.num_anchors_per_location(), num_classes + 1, norm_layer)
     data_config = resolve_model_data_config(backbone.features)
     return SSD(
-        backbone, anchors, (image_size, image_size), len(CLASSES) + 1, head=head,
+        backbone, anchors, (image_size, image_size), num_classes + 1, head=head,
         image_mean=data_config['mean'], image_std=data_config['std'])
 
 
@@ -115,46 +141,152 @@ def evaluate(model: SSD, dataset: VOC, args: argparse.Namespace) -> Optional[VOC
         gathered = [None] * args.world_size if args.rank == 0 else None
         dist.gather_object(results, gathered)
         results = sum(gathered, []) if args.rank == 0 else None
-    return voc_score(*zip(*results, strict=True)) if args.rank == 0 else None
+    return voc_score(*zip(*results, strict=True), args.classes) if args.rank == 0 else None
 
 
 @torch.inference_mode()
-def draw_detections(model: SSD, dataset: VOC, path: Path, args: argparse.Namespace) -> None:
-    """Write a picture of the detections in the first eight images."""
-    model.eval()
-    pictures = []
-    size = 320
-    for image, _ in (dataset[i] for i in range(min(8, len(dataset)))):
-        found = model([image.to(args.device)])[0]
-        found = {k: v[found['scores'] >= PICTURE_SCORE].cpu() for k, v in found.items()}
-        picture = v2.functional.to_dtype(v2.functional.resize(image, [size, size]), torch.uint8, scale=True)
-        if len(found['boxes']):
-            scale = torch.tensor([size / image.shape[2], size / image.shape[1]]).repeat(2)
-            captions = [f'{CLASSES[i - 1]} {s:.2f}' for i, s in zip(found['labels'], found['scores'], strict=True)]
-            picture = draw_bounding_boxes(picture, found['boxes'] * scale, captions, colors='yellow', width=2)
-        pictures.append(picture)
+def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[List[Any], List[str], List[float]]:
+    """Corners in pixels, classes and scores of what is found with --min-score or more."""
+    with autocast(args):
+        found = model.eval()([to_tensor(image).to(args.device)])[0]
+    found = {k: v[found['scores'] >= args.min_score].tolist() for k, v in found.items()}
+    return found['boxes'], [args.classes[i - 1] for i in found['labels']], found['scores']
+
+
+def draw(image: Image.Image, boxes: Sequence, captions: List[str], color: str, note: str) -> Image.Image:
+    """Draw boxes on an image, or a note if there are none."""
+    size = max(10, max(image.size) // 40)
+    if not boxes:
+        font = ImageFont.truetype(FONT, size)
+        ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
+        return image
+    return v2.functional.to_pil_image(draw_bounding_boxes(
+        v2.functional.pil_to_tensor(image), torch.tensor(boxes), captions, color, width=max(1, size // 6), font=FONT,
+        font_size=size))
+
+
+def draw_found(image: Image.Image, boxes: Sequence, names: List[str], scores: List[float], least: float) -> Image.Image:
+    captions = [f'{n} {s:.2f}' for n, s in zip(names, scores, strict=True)]
+    return draw(image, boxes, captions, 'yellow', f'nothing above {least:g}')
+
+
+def write_png(path: Path, image: Image.Image) -> None:
     content = io.BytesIO()
-    v2.functional.to_pil_image(make_grid(pictures, nrow=4)).save(content, format='PNG')
+    image.save(content, format='PNG')
     write_file(path, content.getvalue())
+
+
+def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> None:
+    """Write a picture of eight images from all of a list, each with its true boxes and beside it with those found."""
+    chosen = [samples[i] for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()]
+    picture = Image.new('RGB', (4 * TILE, (len(chosen) + 1) // 2 * TILE), 'white')
+    for i, sample in enumerate(chosen):
+        image = read_image(sample.image, upright=False)
+        boxes, names, scores = detect(model, image, args)
+        tile = ImageOps.contain(image, (TILE - 4, TILE - 4))
+        scale = (torch.tensor(tile.size) / torch.tensor(image.size)).repeat(2)
+        true, found = ((torch.tensor(b).reshape(-1, 4) * scale).tolist() for b in (sample.boxes, boxes))
+        place = i % 2 * 2 * TILE, i // 2 * TILE
+        picture.paste(draw(tile.copy(), true, list(sample.names), 'lime', 'no objects'), place)
+        picture.paste(draw_found(tile, found, names, scores, args.min_score), (place[0] + TILE, place[1]))
+    write_png(args.output_dir / 'detections.png', picture)
+    print(f'Picture of detections, true ones on the left: {args.output_dir / "detections.png"}')
+
+
+def predict(model: SSD, args: argparse.Namespace) -> None:
+    """Draw what is found on each photograph, upright and in its own shape, and write a table of it."""
+    rows, errors = [], []
+    for i, photo in enumerate(tqdm(args.predict, 'Photographs', leave=False), 1):
+        try:
+            image = read_image(photo)
+        except BadInput as e:
+            errors.append(str(e))
+            continue
+        boxes, names, scores = detect(model, image, args)
+        rows += [[photo, *row, *box] for *row, box in zip(names, scores, boxes, strict=True)]
+        write_png(args.output_dir / f'{i}_{photo.stem}.png', draw_found(image, boxes, names, scores, args.min_score))
+    table = pd.DataFrame(rows, columns=['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax'])
+    write_file(args.output_dir / 'detections.csv', table.to_csv(index=False, float_format='%.4f').encode())
+    print(f'Photographs with boxes, and detections.csv: {args.output_dir}')
+    raise_errors(errors)
+
+
+def export(model: SSD, args: argparse.Namespace) -> None:
+    """Write ONNX of the whole detector: an image [3, H, W] of 0 to 1 in, and boxes, scores and labels out."""
+    content, names = io.BytesIO(), ['boxes', 'scores', 'labels']
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torchvision's code in the older exporter, the one that takes it
+        torch.onnx.export(
+            model.cpu().eval(), ([torch.rand(3, args.image_size, args.image_size)],), content, dynamo=False,
+            input_names=['image'], output_names=names,
+            dynamic_axes={'image': {1: 'height', 2: 'width'}, **{n: {0: 'found'} for n in names}})
+    write_file(args.output_dir / 'detector.onnx', content.getvalue())
+    labels = ', '.join(f'{i} {n}' for i, n in enumerate(args.classes, 1))
+    print(f'Detector with labels {labels}: {args.output_dir / "detector.onnx"}')
+
+
+def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
+    """Paths of the lists to train on, to choose the best checkpoint by, and to test on: of those that are needed."""
+    data = args.data / 'VOCdevkit' if (args.data / 'VOCdevkit').is_dir() else args.data
+    main, years = data / 'ImageSets/Main', [y for y in ('VOC2007', 'VOC2012') if (data / y).is_dir()]
+    if main.is_dir():
+        train_lists = ['trainval' if (main / 'trainval.txt').exists() else 'train']
+        test_list = 'test' if (main / 'test.txt').exists() else 'val'
+    else:
+        train_lists, test_list = [f'{y}/trainval' for y in years], 'VOC2007/test'
+        if not years and not args.test_list:
+            raise BadInput(
+                f'{data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
+                f'a folder that has.')
+        if len(years) == 1 and not args.train_lists and not args.evaluate and args.rank == 0:
+            print(f'{data} has {years[0]} only. The other of VOC2007 and VOC2012 is left out.')
+    names = dict(test=[args.test_list or test_list])
+    if not args.evaluate:
+        names = dict(train=args.train_lists or train_lists, val=[args.val_list] if args.val_list else [], **names)
+    paths = {k: [Path(n.removesuffix('.txt')) for n in v] for k, v in names.items() if v}
+    return {k: [data / p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items()}
+
+
+def read_data(args: argparse.Namespace) -> Dict[str, List[Sample]]:
+    """Read and check the lists, set `args.classes`, and print how many objects each list has."""
+    lists = find_lists(args)
+    if lists.get('val') == lists['test']:
+        raise BadInput('--val-list must be another list than that to test on: what chooses the best is flattered.')
+    samples = read_samples(lists, args.classes, quiet=args.rank > 0)
+    check_overlap(args, {f'the {k} list': [str(i.image.resolve()) for i in s] for k, s in samples.items()})
+    counts = {k: Counter(n for i in s for n in i.names) for k, s in samples.items()}
+    known = counts.get('train', args.classes)
+    args.classes = args.classes or (sorted(known) if set(known) - set(CLASSES) else list(CLASSES))
+    for key, count in counts.items():
+        for name in sorted(set(count) - set(known)):
+            raise BadInput(
+                f'{lists[key][0]} has {count[name]} objects of class {name!r}, and the train list has none. Correct '
+                f'the class, or give other lists.')
+        if args.rank == 0:
+            objects = ', '.join(f'{n} {count[n]}' for n in args.classes)
+            print(f'{key}: {len(samples[key])} images with {objects}', flush=True)
+    return samples
 
 
 def train_detector(
         args: argparse.Namespace,
         script: str,
         checkpoint: Optional[Dict[str, Any]],
-        test_set: VOC,
+        samples: Dict[str, List[Sample]],
 ) -> Tuple[SSD, Optional[VOCScore]]:
-    """Train. Returns the model and its last score."""
+    """Train. Returns the model, the best if there is a list to choose it by, and its score."""
     random_seed(args.seed, args.rank)
-    model = create_detector(args.model, args.image_size, args.pretrained and not args.resume).to(args.device)
+    pretrained = args.pretrained and not checkpoint
+    model = create_detector(args.model, args.image_size, len(args.classes), args.min_ratio, pretrained).to(args.device)
     augmentation = [v2.RandomHorizontalFlip()]
     if args.augmentation == 'ssd':
         fill = [round(255 * m) for m in model.transform.image_mean]
         augmentation += [
             v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()]
     transforms = v2.Compose([v2.ToImage(), *augmentation, v2.ToDtype(torch.float32, scale=True)])
-    parts = [VOC(args.data, y, 'trainval', transforms, quiet=args.rank > 0) for y in ('2007', '2012')]
-    train_set = ConcatDataset(parts)
+    train_set = VOC(samples['train'], args.classes, transforms)
+    test_set = VOC(samples['test'], args.classes, to_tensor)
+    val_set = VOC(samples['val'], args.classes, to_tensor) if args.val_list else test_set
     sampler = DistributedSampler(train_set, args.world_size, args.rank, seed=args.seed)
     if len(sampler) < args.batch_size:
         raise BadInput(
@@ -176,51 +308,93 @@ def train_detector(
     def evaluate_epoch(epoch: int) -> Dict[str, float]:
         nonlocal score
         if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
-            return dict(map_11point='', map_area='')
-        score = evaluate(model, test_set, args)
-        return dict(map_11point=score.map_11point, map_area=score.map_area) if score else {}
+            return {}
+        score = evaluate(model, val_set, args)
+        if not score:
+            return {}
+        return dict(
+            map_11point=score.map_11point, map_area=score.map_area, map_50_95=score.map_50_95,
+            **{f'{name} AP area': ap for name, ap in score.ap_area.items()})
 
     train(
         args, script, model, model, opt='momentum', warmup_epochs=1, create_loader=create_epoch_loader,
-        compute_loss=compute_loss, images=[f'{p.folder.name}/{n}' for p in parts for n in p.names],
-        checkpoint=checkpoint, evaluate=evaluate_epoch)
+        compute_loss=compute_loss, images=[str(s.image.relative_to(args.data)) for s in samples['train']],
+        checkpoint=checkpoint, evaluate=evaluate_epoch, best_by='map_area' if args.val_list else '',
+        last_layers=tuple(
+            f'head.classification_head.module_list.{i}.1.' for i in range(len(model.backbone.out_channels))))
+    if args.val_list:
+        if args.rank == 0:
+            epochs = restore(args.output_dir / 'best.pth', model)
+            print(f'The best of the val list is of epoch {epochs}, and is tested now.')
+        if args.distributed:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
+        score = evaluate(model, test_set, args)
     return model, score
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('data', type=Path, metavar='DIR', help='folder VOCdevkit as published, with VOC2007 and VOC2012')
+    add('data', type=Path, nargs='?', metavar='DIR',
+        help='folder with Annotations, JPEGImages and ImageSets/Main, or VOCdevkit with VOC2007 and VOC2012; not for '
+        '--predict and --export')
     add_training_options(parser, 'voc', epochs=200, batch_size=32, lr=0.01)
+    add('--train-lists', nargs='+', metavar='LIST',
+        help='lists of ImageSets/Main to train on, as trainval, in VOCdevkit VOC2007/trainval (default: trainval, or '
+        'else train; VOC2007/trainval and VOC2012/trainval)')
+    add('--test-list', metavar='LIST', help='list to test on (default: test, or else val; VOC2007/test)')
+    add('--val-list', metavar='LIST',
+        help='list to score epochs on, in place of the test list; the best is kept in best.pth, and tested')
+    add('--classes', nargs='+', metavar='NAME',
+        help="names of the classes, or one file with a name in each line (default: VOC's 20 if there are no others, or "
+        'else those of the training lists, sorted)')
     add('--image-size', type=number(int, 32), default=320, metavar='N',
         help='height and width that images are resized to (default: %(default)s)')
+    add('--min-ratio', type=number(float, 0.01, 0.9), default=0.2, metavar='X',
+        help='size of the smallest default boxes, as a part of the image; objects should not be much smaller (default: '
+        '%(default)s)')
     add('--augmentation', choices=['ssd', 'hflip'], default='ssd',
         help="'ssd' distorts colours, zooms out, crops and flips, 'hflip' flips only (default: %(default)s)")
     add('--eval-every', type=number(int, 1), default=10, metavar='N',
         help='evaluate after so many epochs, and at the end (default: %(default)s)')
+    add('--predict', type=Path, nargs='+', metavar='PHOTO',
+        help='with --evaluate FILE: draw what is found in photographs, and write a table of it')
+    add('--export', action='store_true', help='with --evaluate FILE: write ONNX of the whole detector')
+    add('--min-score', type=number(float, 0, 1), default=0.3, metavar='X',
+        help='lowest score that is drawn, or written to the table (default: %(default)s)')
     return parser
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    checkpoint = start_run(args, parser)
-    test_transforms = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    test_set = VOC(args.data, '2007', 'test', test_transforms, quiet=args.rank > 0)
-    if all(target['difficult'].all() for target in test_set.targets):
-        raise BadInput(f'{args.data} has only difficult objects to test on, which do not count. Check the test list.')
+    if (args.predict or args.export) and not args.evaluate:
+        parser.error('--predict and --export need a checkpoint, --evaluate FILE')
+    if not (args.data or args.predict or args.export):
+        parser.error('the following arguments are required: DIR')
+    checkpoint, score = start_run(args, parser), None
+    if args.classes and len(args.classes) == 1 and Path(args.classes[0]).is_file():
+        args.classes = [n for n in read_lines(Path(args.classes[0])) if n]
+    samples = None if args.predict or args.export else read_data(args)
     if args.evaluate:
-        model = create_detector(args.model, args.image_size)
+        model = create_detector(args.model, args.image_size, len(args.classes), args.min_ratio).to(args.device)
         restore(args.evaluate, model)
-        score = evaluate(model.to(args.device), test_set, args)
+        if samples:
+            score = evaluate(model, VOC(samples['test'], args.classes, to_tensor), args)
         if args.rank == 0:
             create_output_dir(args)
     else:
-        model, score = train_detector(args, parser.prog, checkpoint, test_set)
-    if args.rank == 0:
-        for name, ap in score.ap_area.items():
-            print(f'{name:12} AP {ap:.4f}')
-        print(f'mAP at IoU 0.5: 11-point {score.map_11point:.4f}, area {score.map_area:.4f}')
-        draw_detections(model, test_set, args.output_dir / 'detections.png', args)
-        print(f'Picture of detections: {args.output_dir / "detections.png"}')
+        model, score = train_detector(args, parser.prog, checkpoint, samples)
+    if args.rank == 0 and args.export:
+        export(model, args)
+    if args.rank == 0 and args.predict:
+        predict(model, args)
+    if score:
+        table = pd.DataFrame({'11-point': score.ap_11point, 'area': score.ap_area, '0.50:0.95': score.ap_50_95})
+        print(table.to_string(float_format='%.4f'))
+        print(
+            f'mAP at IoU 0.5: 11-point {score.map_11point:.4f}, area {score.map_area:.4f}; at 0.50:0.95 '
+            f'{score.map_50_95:.4f}')
+        draw_samples(model, samples['test'], args)
     if args.distributed:
         dist.destroy_process_group()
 

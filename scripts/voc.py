@@ -1,170 +1,237 @@
-"""The data set of PASCAL VOC in its published format, and its score."""
+"""Data sets in the layout of PASCAL VOC, and their scores."""
 import codecs
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
-from xml.etree.ElementTree import Element, ParseError
-from xml.etree.ElementTree import parse as parse_xml
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 import torch
 from PIL import Image
-from script_utils import BadInput, image_error, read_image
+from script_utils import BadInput, image_error, raise_errors, read_image, requirements
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
+with requirements():
+    import pycocotools  # noqa: F401, which the metric needs
+    from torchmetrics.detection import MeanAveragePrecision
+
 CLASSES = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+EXTENSIONS = ('.jpg', '.jpeg', '.png')
 
 Target = Dict[str, torch.Tensor]
 
 
+class Sample(NamedTuple):
+    """An image, and of each of its objects the class, the corners in pixels, and whether it is difficult."""
+    image: Path
+    names: Tuple[str, ...]
+    boxes: Tuple[Tuple[float, ...], ...]
+    difficult: Tuple[bool, ...]
+
+
 class VOC(Dataset):
-    """A split of VOC, with all that can be wrong with it found at the start.
+    """Transformed images with their targets: `boxes` [N, 4], `labels` [N] from 1 (0 is background), `difficult` [N]."""
 
-    An item is the transformed image and its target: `boxes` [N, 4] as corners in pixels, `labels` [N] from 1 to 20 (0
-    is the background), `difficult` [N].
-
-    Raises:
-        BadInput: For a file that is missing, unreadable or wrong.
-    """
-
-    def __init__(self, data: Path, year: str, image_set: str, transforms: Callable, quiet: bool) -> None:
-        data = data / 'VOCdevkit' if (data / 'VOCdevkit').is_dir() else data
-        self.folder = data / f'VOC{year}'
-        self.transforms = transforms
-        split = self.folder / 'ImageSets' / 'Main' / f'{image_set}.txt'
-        lines = read_split(split)
-        self.names = list(lines)
-        self.targets = []
-        for name, line in tqdm(lines.items(), f'VOC{year} {image_set}', disable=quiet, leave=False):
-            try:
-                self.targets.append(read_annotation(self.folder / 'Annotations' / f'{name}.xml', self.image_path(name)))
-            except FileNotFoundError as e:
-                raise BadInput(
-                    f'{split}, line {line}: {e.filename} is missing. Unpack the published archive again, or remove '
-                    f'the line.') from None
-        if not any(len(t['boxes']) for t in self.targets):
-            raise BadInput(f'{split}: its {len(lines)} images have no objects. Check that it is the right list.')
-
-    def image_path(self, name: str) -> Path:
-        return self.folder / 'JPEGImages' / f'{name}.jpg'
+    def __init__(self, samples: Sequence[Sample], classes: Sequence[str], transforms: Callable) -> None:
+        self.samples, self.classes, self.transforms = samples, classes, transforms
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, Target]:
-        image = read_image(self.image_path(self.names[index]), upright=False)  # boxes count the stored pixels
-        target = self.targets[index]
-        boxes = BoundingBoxes(target['boxes'], format='XYXY', canvas_size=image.size[::-1])
-        return self.transforms(image, {**target, 'boxes': boxes})
+        sample = self.samples[index]
+        image = read_image(sample.image, upright=False)  # boxes count the stored pixels
+        boxes = torch.tensor(sample.boxes).reshape(-1, 4)
+        return self.transforms(image, dict(
+            boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=image.size[::-1]),
+            labels=torch.tensor([self.classes.index(n) + 1 for n in sample.names], dtype=torch.long),
+            difficult=torch.tensor(sample.difficult, dtype=torch.bool)))
 
 
-def read_split(path: Path) -> Dict[str, int]:
-    """Names of images with their lines. The lists of one class, which have a second column, are read too."""
+def read_samples(
+        lists: Dict[str, List[Path]],
+        classes: Optional[Sequence[str]],
+        quiet: bool,
+) -> Dict[str, List[Sample]]:
+    """Read all that lists name, and check all but the pixels.
+
+    Args:
+        lists: Files, each in `ImageSets/Main` of a folder that has `JPEGImages` and `Annotations` too.
+        classes: What objects may be. None for anything.
+        quiet: Show no progress.
+
+    Raises:
+        BadInput: If files are missing, unreadable or wrong. The first 20 are named.
+    """
+    samples, errors = {k: [] for k in lists}, []
+    for key, path in ((k, p) for k, paths in lists.items() for p in paths):
+        folder, known, images = path.parents[2], {}, defaultdict(list)
+        texts = read_lines(path)
+        for image in sorted((folder / 'JPEGImages').rglob('*')):
+            images[split_name(image.relative_to(folder / 'JPEGImages').as_posix())[0]].append(image)
+        for line, text in enumerate(tqdm(texts, f'{folder.name} {path.stem}', disable=quiet, leave=False), 1):
+            try:
+                name, image = find_image(folder, images, text) if text else ('', None)
+                if name in known:
+                    raise ValueError(f'{name} is in line {known[name]} too. Remove one of them.')
+                if image:
+                    known[name] = line
+                    samples[key].append(read_annotation(folder / 'Annotations' / f'{name}.xml', image, classes))
+            except ValueError as e:
+                errors.append(f'{path}, line {line}: {e}')
+            except BadInput as e:
+                errors.append(str(e))
+    raise_errors(errors, quiet)
+    for key, found in samples.items():
+        if all(all(s.difficult) for s in found):
+            raise BadInput(
+                f'{lists[key][0]}: its {len(found)} images have no objects, or only difficult ones. Check that it is '
+                f'the right list.')
+    return samples
+
+
+def read_text(path: Path) -> str:
+    """Text in the encoding of its mark or XML declaration, or else UTF-8. Python has more than the parser, as GBK."""
     try:
         content = path.read_bytes()
-    except OSError as e:
-        raise BadInput(
-            f'{path} cannot be read: {e.strerror}. Give the folder VOCdevkit that the published archives make, with '
-            f'VOC2007 (trainval and test) and VOC2012 (trainval).') from None
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        lines = content.decode('utf-16' if utf_16 else 'utf-8-sig').splitlines()
+        declared = re.match(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)', content.lstrip())
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = 'utf-16' if utf_16 else declared[1].decode() if declared else 'utf-8-sig'
+        text = content.decode(encoding)
+        if '\0' in text:
+            raise UnicodeDecodeError(encoding, content, content.index(b'\0'), len(content), 'zero')
+        return text
+    except LookupError:
+        raise BadInput(f'{path}: its encoding {encoding!r} is not known. Save it in UTF-8.') from None
     except UnicodeDecodeError as e:
-        line = content.count(b'\n', 0, e.start) + 1
-        raise BadInput(f'{path}, line {line}: it is not UTF-8. Save the file in this encoding.') from None
-    names = {}
-    for line, text in enumerate(lines, 1):
-        match = re.fullmatch(r'([^\s\0]+?)(?:\.jpe?g)?(?:\s+(?:-1|0|1))?', text.strip(), re.IGNORECASE)
-        if text.strip() and not match:
-            raise BadInput(
-                f'{path}, line {line}: found {text.strip()!r}. Write the name of one image, and at most a -1, 0 or 1 '
-                f'after it, in UTF-8.')
-        if match and match[1] in names:
-            raise BadInput(f'{path}, line {line}: {match[1]} is in line {names[match[1]]} too. Remove one of them.')
-        if match:
-            names[match[1]] = line
-    if not names:
-        raise BadInput(f'{path} lists no images. Unpack the published archive again.')
-    return names
+        line, column = content.count(b'\n', 0, e.start) + 1, e.start - content.rfind(b'\n', 0, e.start)
+        raise BadInput(
+            f'{path}, line {line}, column {column}: it is not {encoding}. Save it in UTF-8, or state its encoding in '
+            f'the first line of an annotation, <?xml version="1.0" encoding="..."?>.') from None
 
 
-def read_annotation(path: Path, image_path: Path) -> Target:
-    """Boxes, labels and difficult flags of the objects in an image."""
+def read_lines(path: Path) -> List[str]:
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}. Give a folder and lists as --help says.') from None
+    if not any(lines):
+        raise BadInput(f'{path} names nothing. Write one name in each line.')
+    return lines
+
+
+def split_name(name: str) -> Tuple[str, str]:
+    return re.fullmatch(r'(.*?)(\.jpe?g|\.png)?', name, re.IGNORECASE | re.DOTALL).groups('')
+
+
+def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[str, Path]:
+    """Name without extension, and image, of a line. Lists of one class have a second column, -1, 0 or 1."""
+    for column in ('', r'\s+(-1|0|1)'):
+        name, extension = split_name(re.sub(f'{column}$', '', text))
+        found = [i for i in images.get(name, []) if i.suffix.lower() in EXTENSIONS]
+        found = [i for i in found if i.suffix == extension] or found
+        if len(found) > 1:
+            raise ValueError(f'{" and ".join(i.name for i in found)} are there. Write which, or remove one.')
+        if found:
+            return name, found[0]
+    extension = '' if split_name(text)[1] else '.jpg, .jpeg or .png'
+    raise ValueError(f'{folder / "JPEGImages" / text}{extension} is missing. Add it, or remove the line.')
+
+
+def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str]] = None) -> Sample:
+    """Objects in an image. What is marked as deleted is left out."""
     try:
         with Image.open(image_path) as image:  # its header only
             size = image.size
-    except FileNotFoundError:
-        raise
     except Exception as e:  # each of Pillow's decoders has errors of its own
         raise image_error(image_path, e) from None
     objects = []
     try:
-        root = parse_xml(path).getroot()
-        stated = tuple(read_number(root, f'size/{k}') for k in ('width', 'height'))
-        if stated != size:
-            raise ValueError(
-                f'its size is {stated[0]:g} x {stated[1]:g}, and {image_path} is stored with {size[0]} x {size[1]} '
-                f'pixels')
-        for number, item in enumerate(root.findall('object'), 1):
+        root = fromstring(read_text(path))
+        if root.find('size/*') is not None:
+            width, height = (read_number(find_one(root, 'size'), k) for k in ('width', 'height'))
+            if (width, height) not in (size, (0, 0)):
+                raise ValueError(
+                    f'its size is {width:g} x {height:g}, and {image_path} is stored with {size[0]} x {size[1]} pixels')
+        items = root.findall('object')
+        if len(items) < sum(e.tag.rpartition('}')[2].lower() == 'object' for e in root.iter()):
+            raise ValueError(f'it has objects that are not <object> directly below <{root.tag}>')
+        for number, item in enumerate(items, 1):
             try:
-                objects.append(read_object(item, size))
+                if not read_flag(item, 'deleted'):
+                    objects.append(read_object(item, size, classes))
             except ValueError as e:
                 raise ValueError(f'object {number}: {e}') from None
-    except (ParseError, LookupError, ValueError) as e:
+    except FileNotFoundError:
+        raise BadInput(f'{path} is missing. Add it, or remove the image from its lists.') from None
+    except ParseError as e:
+        raise BadInput(
+            f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file with '
+            f'<?xml or <annotation>, close each element, and write & as &amp; and < as &lt;.') from None
+    except ValueError as e:
         raise BadInput(f'{path} is not as VOC annotates: {e}. Correct the file.') from None
-    boxes, labels, difficult = zip(*objects, strict=True) if objects else ((), (), ())
-    return dict(
-        boxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long),
-        difficult=torch.tensor(difficult, dtype=torch.bool))
+    return Sample(image_path, *(zip(*objects, strict=True) if objects else ((), (), ())))
 
 
-def find_text(element: Element, path: str) -> str:
-    text = (element.findtext(path) or '').strip()
-    if not text:
-        raise ValueError(f'<{element.tag}> has no {path}')
-    return text
+def find_one(element: Element, tag: str) -> Element:
+    found = element.findall(tag)
+    if len(found) != 1:
+        raise ValueError(f'<{element.tag}> has {len(found)} <{tag}>, not one')
+    return found[0]
 
 
-def read_number(element: Element, path: str) -> float:
-    text = find_text(element, path)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+def read_flag(element: Element, tag: str) -> bool:
+    texts = [(e.text or '').strip() for e in element.findall(tag)]
+    if texts not in ([], [''], ['0'], ['1']):
+        raise ValueError(f'{tag} is {", ".join(texts)!r}. Write 0 or 1 once, or leave <{tag}> out, which is 0')
+    return texts == ['1']
+
+
+def read_number(element: Element, tag: str) -> float:
+    text = (find_one(element, tag).text or '').strip()
+    # float() takes more: 1_0 is 10
+    value = float(text) if re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?', text, re.ASCII | re.I) else math.nan
     if not math.isfinite(value):
-        raise ValueError(f'{path} is {text!r}, not a finite number')
+        raise ValueError(f'{tag} is {text!r}, not a finite number')
     return value
 
 
-def read_object(item: Element, size: Tuple[int, int]) -> Tuple[Tuple[float, ...], int, bool]:
-    """Corners in pixels, label from 1, and whether the object is difficult."""
-    name, difficult = find_text(item, 'name'), item.findtext('difficult', '0').strip()
-    if name not in CLASSES:
-        raise ValueError(f'its class is {name!r}, VOC has {", ".join(CLASSES)}')
-    if difficult not in ('0', '1'):
-        raise ValueError(f'difficult is {difficult!r}, not 0 or 1')
-    xmin, ymin, xmax, ymax = (read_number(item, f'bndbox/{k}') for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+def read_object(
+        item: Element,
+        size: Tuple[int, int],
+        classes: Optional[Sequence[str]],
+) -> Tuple[str, Tuple[float, ...], bool]:
+    """Class, corners in pixels, and whether the object is difficult."""
+    name, bndbox = (find_one(item, 'name').text or '').strip(), find_one(item, 'bndbox')
+    if not name or (classes and name not in classes):
+        raise ValueError(f'its class is {name!r}, not one of {", ".join(classes or ["your names"])}')
+    xmin, ymin, xmax, ymax = (read_number(bndbox, k) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
     # VOC counts pixels from 1 and includes the last, so IoU of corners is that of the development kit. What counts from
     # 0, or is cut off at the edge, leaves the image a little.
     box = max(xmin - 1, 0.), max(ymin - 1, 0.), min(xmax, float(size[0])), min(ymax, float(size[1]))
-    if not (xmin <= xmax and ymin <= ymax and box[0] < box[2] and box[1] < box[3]):
+    normalized = -1 < min(xmin, ymin) <= max(xmax, ymax) < 2 and (xmin, ymin) != (1, 1)
+    if normalized or not (xmin <= xmax and ymin <= ymax and box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
-            f'the box of {name!r} has xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g}; no maximum may be '
-            f'below its minimum, and pixels of the image must be in it, 1 to {size[0]} and 1 to {size[1]}')
-    return box, CLASSES.index(name) + 1, difficult == '1'
+            f'the box of {name!r} has xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g}'
+            f'{", which looks normalized" if normalized else ""}; it must be in pixels, 1 to {size[0]} and 1 to '
+            f'{size[1]}, some of them in the image, and no maximum below its minimum')
+    return name, box, read_flag(item, 'difficult')
 
 
 class VOCScore(NamedTuple):
-    """Average precision at IoU 0.5, from 0 to 1. Classes without objects do not count."""
-    map_11point: float
+    """Average precision, from 0 to 1. Classes without objects do not count."""
+    map_11point: float  # at IoU 0.5, as the area
     map_area: float
+    map_50_95: float  # at IoU 0.50 to 0.95, by COCO's rules
     ap_11point: Dict[str, float]  # by class
     ap_area: Dict[str, float]
+    ap_50_95: Dict[str, float]
 
 
 def match(detections: Target, target: Target, label: int) -> List[Tuple[float, bool]]:
@@ -203,22 +270,36 @@ def average_precision(right: torch.Tensor, positives: int) -> Tuple[float, float
     return (sum(points) / 11).item(), (highest[right].sum() / positives).item()
 
 
-def voc_score(detections: Sequence[Target], targets: Sequence[Target]) -> VOCScore:
+def voc_score(
+        detections: Sequence[Target],
+        targets: Sequence[Target],
+        classes: Sequence[str] = CLASSES,
+) -> VOCScore:
     """VOC's mean average precision at IoU 0.5, equal to that of the development kits of 2007 and of 2010 and later.
+
+    COCO's at IoU 0.50 to 0.95 stands beside it, with difficult objects as its crowds.
 
     Args:
         detections: Of each image, `boxes` [N, 4], `labels` [N] and `scores` [N].
         targets: Of each image, `boxes` [N, 4], `labels` [N] and `difficult` [N].
+        classes: Names of the labels from 1.
     """
     scores = {}
-    for label, name in enumerate(CLASSES, 1):
+    for label, name in enumerate(classes, 1):
         positives = sum(((t['labels'] == label) & ~t['difficult']).sum().item() for t in targets)
         if positives:
             matches = [m for d, t in zip(detections, targets, strict=True) for m in match(d, t, label)]
             matches.sort(key=lambda m: -m[0])
             scores[name] = average_precision(torch.tensor([right for _, right in matches], dtype=torch.bool), positives)
     if not scores:
-        raise BadInput('The test split has no object that is not difficult, so no score. Check its test.txt.')
+        raise BadInput('The test list has no object that is not difficult, so no score. Check the list.')
+    # one process has all detections
+    metric = MeanAveragePrecision(class_metrics=True, sync_on_compute=False)
+    metric.warn_on_many_detections = False
+    metric.update(detections, [{**t, 'iscrowd': t['difficult'].long()} for t in targets])
+    coco = metric.compute()
+    by_label = dict(zip(coco['classes'].flatten().tolist(), coco['map_per_class'].flatten().tolist(), strict=True))
     ap_11point, ap_area = ({n: s[i] for n, s in scores.items()} for i in (0, 1))
+    ap_50_95 = {n: by_label[label] for label, n in enumerate(classes, 1) if n in scores}
     return VOCScore(
-        sum(ap_11point.values()) / len(scores), sum(ap_area.values()) / len(scores), ap_11point, ap_area)
+        *(sum(ap.values()) / len(scores) for ap in (ap_11point, ap_area, ap_50_95)), ap_11point, ap_area, ap_50_95)

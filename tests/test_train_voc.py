@@ -1,12 +1,14 @@
-"""scripts/train_voc.py trains and scores SSDLite on a VOCdevkit folder, and says what is wrong with bad input."""
+"""scripts/train_voc.py trains and scores SSDLite on data in VOC's layout, and says what is wrong with bad input."""
 import codecs
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -24,11 +26,9 @@ import voc  # isort: skip
 from script_utils import BadInput  # isort: skip
 
 SMALL = ['--model', 'hbonet_010', '--image-size', 64, '--batch-size', 8, '--workers', 0, '--device', 'cpu']
-BRIEF = [*SMALL, '--epochs', 1, '--augmentation', 'hflip']
-COLORS = dict(aeroplane='red', bottle='lime')
+BRIEF = [*SMALL, '--batch-size', 4, '--epochs', 1, '--augmentation', 'hflip']
+COLORS = {'white cell': 'white', 'green cell': 'lime'}
 XML = """<annotation>
-	<folder>VOC2007</folder>
-	<source><database>The VOC2007 Database</database></source>
 	<size><width>{width}</width><height>{height}</height><depth>3</depth></size>
 	<segmented>0</segmented>
 {objects}</annotation>
@@ -43,48 +43,67 @@ OBJECT = """	<object>
 """
 
 
-def draw_split(root: Path, year: str, image_set: str, count: int, seed: int) -> None:
-    """Add a split of noise images with a coloured rectangle each to a VOCdevkit folder."""
+def draw_list(
+        folder: Path,
+        image_list: str,
+        count: int,
+        seed: int,
+        classes: Sequence[str] = tuple(COLORS),
+        extensions: Sequence[str] = ('.jpg', '.JPG', '.png'),
+) -> None:
+    """Add a list of noise images with a coloured rectangle each to a folder in VOC's layout."""
     rs = np.random.RandomState(seed)
-    folder = root / f'VOC{year}'
     for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    names = [f'{seed:03}{i:03}' for i in range(count)]
-    for name in names:
+    names = [f'no {seed}{i:02}' for i in range(count)]
+    for i, name in enumerate(names):
         image = Image.fromarray(rs.randint(0, 100, (64, 64, 3)).astype(np.uint8))
         w, h = rs.randint(28, 40, 2)
         x, y = rs.randint(0, 65 - w), rs.randint(0, 65 - h)
-        kind = list(COLORS)[rs.randint(2)]
-        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=COLORS[kind])
-        image.save(folder / 'JPEGImages' / f'{name}.jpg', quality=95)
-        objects = OBJECT.format(kind, 0, x + 1, y + 1, x + w, y + h)
+        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=list(COLORS.values())[i % 2])
+        image.save(folder / 'JPEGImages' / f'{name}{extensions[i % len(extensions)]}', quality=95)
+        objects = OBJECT.format(classes[i % 2], 0, x + 1, y + 1, x + w, y + h)
         (folder / 'Annotations' / f'{name}.xml').write_text(XML.format(width=64, height=64, objects=objects))
-    (folder / 'ImageSets' / 'Main' / f'{image_set}.txt').write_text(''.join(f'{n}\n' for n in names))
+    (folder / 'ImageSets/Main' / f'{image_list}.txt').write_text(''.join(f'{n}\n' for n in names))
 
 
-def draw_voc(root: Path, count: int) -> Path:
-    draw_split(root, '2007', 'trainval', count, seed=1)
-    draw_split(root, '2012', 'trainval', count, seed=2)
-    draw_split(root, '2007', 'test', min(count, 16), seed=3)
-    return root
+def draw_cells(folder: Path, trainval: int, others: int) -> Path:
+    for seed, (name, count) in enumerate(dict(trainval=trainval, val=others, test=others).items(), 1):
+        draw_list(folder, name, count, seed)
+    return folder
 
 
 @pytest.fixture(scope='module')
-def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_voc(tmp_path_factory.mktemp('data') / 'VOCdevkit', 24)
+def many_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_cells(tmp_path_factory.mktemp('data') / 'cells', 48, 16)
 
 
 @pytest.fixture
-def small_devkit(tmp_path: Path) -> Path:
-    return draw_voc(tmp_path / 'VOCdevkit', 4)
+def cells(tmp_path: Path) -> Path:
+    return draw_cells(tmp_path / 'cells', 4, 4)
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    root = tmp_path / 'VOCdevkit'
+    for seed, (year, name) in enumerate([('2007', 'trainval'), ('2012', 'trainval'), ('2007', 'test')], 1):
+        draw_list(root / f'VOC{year}', name, 4, seed, ('bottle', 'aeroplane'), ('.jpg',))
+    return root
 
 
 def run(*args: object) -> Tuple[int, str, str]:
     return run_script('train_voc.py', *args)
 
 
-def read_summary(output: Path) -> List[Dict[str, str]]:
-    with open(output / 'summary.csv', newline='') as file:
+def fail(*args: object) -> str:
+    """The error of a call that must not start."""
+    status, _, err = run(*args)
+    assert status == 1 and error_line(err).startswith('train_voc.py: error: '), err
+    return error_line(err)
+
+
+def read_csv(path: Path) -> List[Dict[str, str]]:
+    with open(path, newline='') as file:
         return list(csv.DictReader(file))
 
 
@@ -94,59 +113,146 @@ def score_line(stdout: str) -> str:
 
 
 @pytest.fixture(scope='module')
-def trained(devkit: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
+def trained(many_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
     """A short training run, and what it printed."""
     output = tmp_path_factory.mktemp('trained') / 'run'
     status, out, err = run(
-        devkit.parent, '--output', output, *SMALL, '--epochs', 26, '--eval-every', 20, '--augmentation', 'hflip',
-        '--lr', 0.05)
+        many_cells, '--output', output, *SMALL, '--epochs', 26, '--eval-every', 20, '--augmentation', 'hflip',
+        '--lr', 0.05, '--val-list', 'val')
     assert status == 0, err
     return dict(output=output, stdout=out, stderr=err)
 
 
 def test_training_lowers_the_loss_and_finds_objects_in_unseen_images(trained):
-    rows = read_summary(trained['output'])
+    rows = read_csv(trained['output'] / 'summary.csv')
     assert [int(r['epoch']) for r in rows] == list(range(1, 27))
     assert float(rows[-1]['loss']) < 0.4 * float(rows[0]['loss'])
-    assert float(rows[-1]['map_11point']) > 0.3
-    assert float(rows[-1]['map_area']) > 0.3
+    assert float(rows[-1]['map_11point']) > 0.3 and float(rows[-1]['map_area']) > 0.3
+    assert float(rows[-1]['map_50_95']) > 0.05
     assert [r['epoch'] for r in rows if r['map_area']] == ['20', '26']
-    assert f'11-point {float(rows[-1]["map_11point"]):.4f}' in score_line(trained['stdout'])
+    mean = sum(float(rows[-1][f'{c} AP area']) for c in COLORS) / 2
+    assert mean == pytest.approx(float(rows[-1]['map_area']))
+    assert 'train: 48 images with green cell 24, white cell 24\n' in trained['stdout']
+    log = next(x for x in trained['stdout'].splitlines() if x.startswith('Epoch 20 of 26'))
+    assert f'mAP_area {float(rows[19]["map_area"]):.4f}' in log and 'learning rate' in log and ' s,' in log
     assert 'Epoch 26' in trained['stderr']  # progress
-    assert sorted(p.name for p in trained['output'].iterdir()) == ['detections.png', 'last.pth', 'summary.csv']
+    assert sorted(p.name for p in trained['output'].iterdir()) == [
+        'best.pth', 'detections.png', 'last.pth', 'summary.csv']
 
 
-def test_evaluation_takes_the_model_from_the_file_and_gives_the_score_of_training(trained, devkit, tmp_path):
-    status, out, _ = run(
-        devkit, '--evaluate', trained['output'] / 'last.pth', '--output', tmp_path / 'out', '--device', 'cpu',
-        '--workers', 0)
+def test_evaluation_takes_all_from_the_file_and_gives_the_score_of_training(trained, many_cells, tmp_path):
+    options = ['--output', tmp_path / 'out', '--device', 'cpu', '--workers', 0]
+    status, out, _ = run(many_cells, '--evaluate', trained['output'] / 'best.pth', *options)
     assert status == 0
-    assert score_line(out) == score_line(trained['stdout'])
-    pictures = [folder / 'detections.png' for folder in (tmp_path / 'out', trained['output'])]
-    with Image.open(pictures[0]) as picture, Image.open(pictures[1]) as same:
-        assert picture.size == (2 + 4 * 322, 2 + 2 * 322)  # eight images
-        assert picture.tobytes() == same.tobytes()
+    assert score_line(out) == score_line(trained['stdout'])  # that of the best of the val list, on the test list
+    assert 'test: 16 images with green cell 8, white cell 8\n' in out
+    files = [folder / 'detections.png' for folder in (tmp_path / 'out', trained['output'])]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_picture_has_the_boxes_in_their_places(devkit, tmp_path, monkeypatch):
-    model = train_voc.create_detector('hbonet_010', 64)
-    found = dict(boxes=torch.tensor([[8., 16., 40., 48.]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]))
-    faint = {**found, 'scores': torch.tensor([0.2])}
-    monkeypatch.setattr(model, 'forward', lambda images: [found])
-    args = train_voc.create_parser().parse_args([str(devkit), '--device', 'cpu'])
-    test_set = voc.VOC(devkit, '2007', 'test', v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]), True)
-    train_voc.draw_detections(model, test_set, tmp_path / 'found.png', args)
-    monkeypatch.setattr(model, 'forward', lambda images: [faint])
-    train_voc.draw_detections(model, test_set, tmp_path / 'plain.png', args)
-    with Image.open(tmp_path / 'found.png') as image, Image.open(tmp_path / 'plain.png') as plain:
-        changed = (np.asarray(image) != np.asarray(plain)).any(-1)[2:322, 2:322]
-    rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
-    assert changed[80, 40:200].mean() > 0.9 and changed[80:240, 40].mean() > 0.9  # five times as large as the image
-    assert abs(rows.max() - 240) < 5 and abs(columns.min() - 40) < 5
+def test_best_is_the_first_epoch_of_the_highest_score(cells, tmp_path, monkeypatch):
+    values = iter([0.2, 0.4, 0.4, 0.1, 0.3])
+    monkeypatch.setattr(train_voc, 'evaluate', lambda *args: voc.VOCScore(0, next(values), 0, {}, {}, {}))
+    args = [cells, *BRIEF, '--epochs', 4, '--eval-every', 1, '--val-list', 'val']
+    assert run(*args, '--output', tmp_path / 'run')[0] == 0
+    assert torch.load(tmp_path / 'run/best.pth', weights_only=True)['epoch'] == 1  # from 0
+    assert '--val-list must be another' in fail(*args, '--test-list', 'val')
 
 
-def test_resumed_run_equals_an_uninterrupted_one(small_devkit, tmp_path, monkeypatch):
-    args = [small_devkit, *SMALL, '--batch-size', 4, '--epochs', 2]
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Function that lets the detector find one white cell in each image, with a score."""
+    def find(score: float) -> None:
+        boxes = torch.tensor([[8., 16., 40., 48.]])
+        monkeypatch.setattr(train_voc.SSD, 'forward', lambda self, images: [
+            dict(boxes=boxes, labels=torch.tensor([2]), scores=torch.tensor([score])) for _ in images])
+    return find
+
+
+def test_picture_has_true_boxes_and_found_ones_of_all_the_list(cells, found, tmp_path):
+    args = train_voc.create_parser().parse_args([str(cells), '--device', 'cpu'])
+    args.output_dir, args.classes = tmp_path, sorted(COLORS)
+    for i in range(4):  # of two shapes
+        Image.new('RGB', (64, 32 if i else 64)).save(tmp_path / f'{i}.png')
+    samples = [voc.Sample(tmp_path / f'{i}.png', ('white cell',), ((8., 0., 24., 16.),), (False,)) for i in range(4)]
+    pictures = []
+    for score in (0.9, 0.2):
+        found(score)
+        train_voc.draw_samples(train_voc.create_detector('hbonet_010', 64, 2), samples, args)
+        with Image.open(tmp_path / 'detections.png') as image:
+            pictures.append(np.asarray(image).astype(int))
+    tile, unit = train_voc.TILE, (train_voc.TILE - 4) / 64  # pixels drawn for one
+    lime, yellow = [(abs(pictures[0] - color) < 60).all(-1) for color in ((0, 255, 0), (255, 255, 0))]
+    for drawn, x, corners in ((lime, 0, (8, 0, 24, 16)), (yellow, tile, (8, 16, 40, 48))):
+        ys, xs = drawn[:tile, x:x + tile].nonzero()
+        assert (xs.min(), ys.min(), xs.max(), ys.max()) == pytest.approx(unit * np.array(corners), abs=6)
+    assert not (pictures[0][:tile, 2 * tile + 3 * tile // 4:3 * tile] < 255).all()  # wide ones keep their shape
+    note = (abs(pictures[1] - (255, 255, 0)) < 60).all(-1)[:tile, tile:2 * tile]
+    assert note.any() and not note[tile // 4:].any()  # no box, but words above
+
+
+def test_photographs_are_drawn_and_listed(trained, found, tmp_path):
+    for folder, size in (('a', (90, 60)), ('b', (60, 120))):
+        (tmp_path / folder).mkdir()
+        Image.new('RGB', size).save(tmp_path / folder / 'photo.jpg')
+    photos = [tmp_path / 'a/photo.jpg', tmp_path / 'b/photo.jpg']
+    options = ['--evaluate', trained['output'] / 'last.pth', '--device', 'cpu', '--output', tmp_path / 'out']
+    found(0.75)
+    assert run(*options, '--predict', *photos)[0] == 0
+    row = dict(xmin='8.0000', ymin='16.0000', xmax='40.0000', ymax='48.0000', score='0.7500') | {'class': 'white cell'}
+    assert read_csv(tmp_path / 'out/detections.csv') == [dict(row, photo=str(p)) for p in photos]
+    for name, size in (('1_photo.png', (90, 60)), ('2_photo.png', (60, 120))):
+        with Image.open(tmp_path / 'out' / name) as image:
+            assert image.size == size and image.getpixel((8, 40)) == (255, 255, 0)
+    message = fail(*options, '--predict', tmp_path / 'none.jpg', photos[0], '--min-score', 0.8)
+    assert str(tmp_path / 'none.jpg') in message
+    assert read_csv(tmp_path / 'out-1/detections.csv') == [] and (tmp_path / 'out-1/2_photo.png').exists()
+    status, _, err = run('--predict', photos[0])
+    assert status == 2 and '--evaluate FILE' in err
+
+
+def test_exported_detector_finds_the_same_in_onnx_runtime(trained, many_cells, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path = trained['output'] / 'last.pth'
+    status, out, err = run('--evaluate', path, '--export', '--output', tmp_path / 'out', '--device', 'cpu')
+    assert status == 0 and '1 green cell, 2 white cell' in out and not err
+    model = train_voc.create_detector('hbonet_010', 64, 2).eval()
+    model.load_state_dict(torch.load(path, weights_only=True)['state_dict'])
+    session = onnxruntime.InferenceSession(tmp_path / 'out/detector.onnx', providers=['CPUExecutionProvider'])
+    with Image.open(many_cells / 'JPEGImages/no 301.JPG') as image:
+        for size in ((64, 64), (90, 50)):
+            x = train_voc.to_tensor(image.resize(size))
+            with torch.inference_mode():
+                expected = model([x])[0]
+            outputs = dict(zip(('boxes', 'scores', 'labels'), session.run(None, {'image': x.numpy()}), strict=True))
+            assert expected['scores'][0] > 0.1
+            best = {k: torch.from_numpy(v[:5]) for k, v in outputs.items()}
+            torch.testing.assert_close(best, {k: expected[k][:5] for k in best}, rtol=1e-3, atol=1e-3)
+
+
+def test_a_detector_starts_from_one_of_other_classes(trained, cells, tmp_path, monkeypatch):
+    path, states = trained['output'] / 'last.pth', []
+    monkeypatch.setattr(
+        training, 'random_seed', lambda *args: states.append({k: v.clone() for k, v in start.state_dict().items()}))
+    create = train_voc.create_detector
+
+    def remember(*args: Any) -> torch.nn.Module:
+        nonlocal start
+        start = create(*args)
+        return start
+
+    start = None
+    monkeypatch.setattr(train_voc, 'create_detector', remember)
+    options = [cells, '--init', path, '--classes', *COLORS, 'red cell', *BRIEF[2:], '--output', tmp_path / 'out']
+    assert run(*options)[0] == 0
+    weights = torch.load(path, weights_only=True)['state_dict']
+    others = [k for k, v in weights.items() if not torch.equal(states[0][k], v)]
+    assert len(others) == 12 and all('classification_head' in k and '.1.' in k for k in others)
+    assert '--model hbonet_010, not hbonet_025' in fail(*options, '--model', 'hbonet_025')
+
+
+def test_resumed_run_equals_an_uninterrupted_one(cells, tmp_path, monkeypatch):
+    args = [cells, *SMALL, '--batch-size', 4, '--epochs', 2, '--eval-every', 1, '--val-list', 'val']
     assert run(*args, '--output', tmp_path / 'whole')[0] == 0
 
     def interrupt(path: Path, content: bytes) -> None:
@@ -163,42 +269,40 @@ def test_resumed_run_equals_an_uninterrupted_one(small_devkit, tmp_path, monkeyp
     last = tmp_path / 'run' / 'last.pth'
     assert f'--resume {last}' in err
     before = last.read_bytes()
-    # options come from the file
-    assert run(small_devkit, '--output', tmp_path / 'run', '--resume', last, '--device', 'cpu', '--workers', 0)[0] == 0
-    assert last.read_bytes() == before  # another folder is written
+    # options come from the file, and the folder is a new one beside it
+    assert run(cells, '--resume', last, '--device', 'cpu', '--workers', 0)[0] == 0
+    assert last.read_bytes() == before
 
     whole, parts = (torch.load(tmp_path / n / 'last.pth', weights_only=True) for n in ('whole', 'run-1'))
+    for row in (*whole['history'], *parts['history']):
+        del row['seconds']
     assert all(whole[k] == parts[k] for k in ('epoch', 'history', 'options'))
     torch.testing.assert_close(whole['state_dict'], parts['state_dict'], rtol=0, atol=0)
     torch.testing.assert_close(whole['optimizer']['state'], parts['optimizer']['state'], rtol=0, atol=0)
-    assert (tmp_path / 'whole/summary.csv').read_bytes() == (tmp_path / 'run-1/summary.csv').read_bytes()
-
-    status, _, err = run(small_devkit, '--resume', tmp_path / 'whole/last.pth', '--output', tmp_path / 'none')
-    assert status == 1 and 'has all 2 epochs' in err
+    best = (torch.load(tmp_path / n / 'best.pth', weights_only=True)['epoch'] for n in ('whole', 'run-1'))
+    assert len(set(best)) == 1
+    assert 'has all 2 epochs' in fail(cells, '--resume', tmp_path / 'whole/last.pth', '--output', tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
-    (small_devkit / 'VOC2012/ImageSets/Main/trainval.txt').write_text('002000\n002001\n')
-    status, _, err = run(small_devkit, '--resume', last, '--output', tmp_path / 'none')
-    assert status == 1 and 'other images' in err
+    (cells / 'ImageSets/Main/trainval.txt').write_text('no 103\nno 100\nno 101\nno 102\n')
+    assert 'other images' in fail(cells, '--resume', last, '--output', tmp_path / 'none')
 
 
-def test_torchrun_trains_and_scores_in_two_processes(small_devkit, tmp_path):
+def test_torchrun_trains_and_scores_in_two_processes(cells, tmp_path):
     command = [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, SCRIPTS / 'train_voc.py',
-        small_devkit, '--output', tmp_path / 'run', *BRIEF, '--batch-size', 4, '--amp']
+        cells, '--output', tmp_path / 'run', *BRIEF, '--batch-size', 2, '--amp', '--val-list', 'val']
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    status, out, _ = run(
-        small_devkit, '--evaluate', tmp_path / 'run/last.pth', '--output', tmp_path / 'score', '--device', 'cpu',
-        '--workers', 0)
+    options = ['--device', 'cpu', '--workers', 0, '--output', tmp_path / 'score']
+    status, out, _ = run(cells, '--evaluate', tmp_path / 'run/best.pth', *options)
     assert status == 0
     assert score_line(result.stdout) == score_line(out)
-    status, _, err = run(small_devkit, '--resume', tmp_path / 'run/last.pth', '--device', 'cpu')
-    assert status == 1 and '2 processes' in err
+    assert '2 processes' in fail(cells, '--resume', tmp_path / 'run/last.pth', '--device', 'cpu')
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='PyTorch before 2.3 scales on CUDA only')
-def test_float16_on_a_processor_scales_the_loss(small_devkit, tmp_path):
-    status, _, err = run(small_devkit, '--output', tmp_path / 'run', *BRIEF, '--amp', '--amp-dtype', 'float16')
+def test_float16_on_a_processor_scales_the_loss(cells, tmp_path):
+    status, _, err = run(cells, '--output', tmp_path / 'run', *BRIEF, '--amp', '--amp-dtype', 'float16')
     assert status == 0, err
     assert torch.load(tmp_path / 'run/last.pth', weights_only=True)['amp_scaler']['scale'] > 1
 
@@ -252,10 +356,18 @@ def test_a_second_detection_is_wrong_even_if_it_overlaps_another_object():
     assert voc.voc_score(found, targets).ap_area['cat'] == pytest.approx(0.5, abs=1e-12)
 
 
+def test_score_at_0_50_to_0_95_is_coco_s():
+    targets = [target(('cat', False, (0, 0, 100, 100)), ('dog', True, (0, 0, 50, 50)), ('dog', False, (50, 0, 60, 9)))]
+    found = [detections(('cat', 0.9, (0, 0, 100, 82)), ('dog', 0.9, (0, 0, 50, 50)), ('dog', 0.8, (50, 0, 60, 9)))]
+    score = voc.voc_score(found, targets)
+    assert score.ap_50_95 == pytest.approx(dict(cat=0.7, dog=1), abs=1e-6)  # IoU 0.82 is above 7 of the 10 thresholds
+    assert score.map_50_95 == pytest.approx(0.85, abs=1e-6)
+
+
 def test_nothing_found_scores_0():
     found = [dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]
     score = voc.voc_score(found, [target(('cat', False, (0, 0, 10, 10)))])
-    assert (score.map_11point, score.map_area) == (0, 0)
+    assert score[:3] == (0, 0, 0)
     with pytest.raises(BadInput, match='no object that is not difficult'):
         voc.voc_score(found, [target(('cat', True, (0, 0, 10, 10)))])
 
@@ -297,181 +409,224 @@ def test_score_equals_that_of_chainercv(case):
     assert list(score.ap_11point.values()) == pytest.approx(case['ap_11point'], abs=1e-12)
 
 
-def annotate(root: Path, *objects: tuple, width: int = 64, height: int = 64) -> Path:
-    """Write the annotation of an image of 64 x 64 pixels in the 2012 split, with (xmin, ymin, xmax, ymax) of dogs."""
-    path = root / 'VOC2012/Annotations/002001.xml'
+XML_FILE, PICTURE, LIST = 'Annotations/no 101.xml', 'JPEGImages/no 100.jpg', 'ImageSets/Main/trainval.txt'
+
+
+def annotate(root: Path, *objects: tuple, size: Tuple[int, int] = (64, 64)) -> Path:
+    """Write an annotation with dogs at (xmin, ymin, xmax, ymax)."""
+    path = root / XML_FILE
     objects = ''.join(OBJECT.format('dog', 0, *o) for o in objects)
-    path.write_text(XML.format(width=width, height=height, objects=objects))
+    path.write_text(XML.format(width=size[0], height=size[1], objects=objects))
     return path
 
 
-def read(root: Path) -> Tuple[torch.Tensor, ...]:
-    annotation = voc.read_annotation(root / 'VOC2012/Annotations/002001.xml', root / 'VOC2012/JPEGImages/002001.jpg')
-    return annotation['boxes'].tolist(), annotation['labels'].tolist(), annotation['difficult'].tolist()
+def read(root: Path) -> voc.Sample:
+    return voc.read_annotation(root / XML_FILE, root / 'JPEGImages/no 101.JPG')
 
 
 @pytest.mark.parametrize('box, corners', [
-    ((1, 2, 50, '40.5'), [0, 1, 50, 40.5]),
-    ((0, 0, 63, 63), [0, 0, 63, 63]),  # counts from 0
-    ((1, 1, 65, 65), [0, 0, 64, 64]),
-    ((-20, 5, 90, 9), [0, 4, 64, 9]),  # cut off
-    ((5, 7, 5, 7), [4, 6, 5, 7]),  # one pixel
-    ((64, 64, 64, 64), [63, 63, 64, 64]),
+    ((1, 2, 50, '40.5'), (0, 1, 50, 40.5)),
+    ((0, 0, 63, 63), (0, 0, 63, 63)),  # counts from 0
+    ((1, 1, 65, 65), (0, 0, 64, 64)),
+    ((-20, 5, 90, 9), (0, 4, 64, 9)),  # cut off
+    ((5, 7, 5, 7), (4, 6, 5, 7)),  # one pixel
+    ((1, 1, 1, 1), (0, 0, 1, 1)),
+    ((64, 64, 64, 64), (63, 63, 64, 64)),
 ])
-def test_boxes_are_corners_in_pixels_of_the_image(box, corners, small_devkit):
-    annotate(small_devkit, box)
-    assert read(small_devkit) == ([corners], [voc.CLASSES.index('dog') + 1], [False])
-
-
-def test_parts_of_persons_and_missing_flags_are_as_published(small_devkit):
-    path = annotate(small_devkit)
-    objects = OBJECT.format('person', 1, 1, 1, 9, 9).replace('</object>', (
-        '<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part></object>'))
-    objects += OBJECT.format('cat', 0, 1, 1, 9, 9).replace('<difficult>0</difficult>', '')
-    path.write_text(XML.format(width=64, height=64, objects=objects))
-    assert read(small_devkit) == ([[0, 0, 9, 9]] * 2, [15, 8], [True, False])
-    annotate(small_devkit)
-    assert read(small_devkit) == ([], [], [])  # an image without objects
+def test_boxes_are_corners_in_pixels_of_the_image(box, corners, cells):
+    annotate(cells, box)
+    assert read(cells)[1:] == (('dog',), (corners,), (False,))
 
 
 @pytest.mark.parametrize('box', [
     (65, 1, 70, 10), (1, -9, 10, 0), (0, 0, 0, 0), (9, 1, 8, 10), (1, 9, 10, 8), ('nan', 1, 9, 9), (1, 1, 'inf', 9),
-    ('', 1, 9, 9), ('nine', 1, 9, 9)])
-def test_boxes_that_are_none_are_named(box, small_devkit):
-    path = annotate(small_devkit, (1, 1, 9, 9), box)
+    ('', 1, 9, 9), ('nine', 1, 9, 9), ('1_0', 1, 20, 9), (0.1, 0.1, 0.9, 0.9), (0, 0, 1, 1)])
+def test_boxes_that_are_none_are_named(box, cells):
+    path = annotate(cells, (1, 1, 9, 9), box)
     with pytest.raises(BadInput) as error:
-        read(small_devkit)
+        read(cells)
     message = str(error.value)
-    numbers = all(isinstance(v, int) for v in box)
+    numbers = all(isinstance(v, (int, float)) for v in box)
     assert str(path) in message and 'object 2' in message
-    assert all(str(v) in message for v in box if numbers or not isinstance(v, int))
+    assert all(str(v) in message for v in box if numbers or isinstance(v, str))
+    assert ('normalized' in message) == (numbers and max(box) <= 1)
 
 
-def replace(path: str, old: str, new: str) -> Callable[[Path], str]:
-    def spoil(root: Path) -> str:
+def change(path: str, *changes: str) -> Callable[[Path], Path]:
+    """Function that replaces a text by another, and so on, in a file of a folder."""
+    def spoil(root: Path) -> Path:
         text = (root / path).read_text()
-        assert old in text
-        (root / path).write_text(text.replace(old, new, 1))
-        return str(root / path)
+        for old, new in zip(changes[::2], changes[1::2], strict=True):
+            assert old in text
+            text = text.replace(old, new)
+        (root / path).write_text(text)
+        return root / path
     return spoil
 
 
-def write(path: str, content: bytes) -> Callable[[Path], str]:
-    def spoil(root: Path) -> str:
+def write(path: str, content: bytes) -> Callable[[Path], Path]:
+    def spoil(root: Path) -> Path:
         (root / path).write_bytes(content)
-        return str(root / path)
+        return root / path
     return spoil
-
-
-def remove(path: str) -> Callable[[Path], str]:
-    def spoil(root: Path) -> str:
-        target = root / path
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-        return str(target)
-    return spoil
-
-
-XML_FILE, PICTURE = 'VOC2007/Annotations/001002.xml', 'VOC2012/JPEGImages/002001.jpg'
-SPLIT = 'VOC2012/ImageSets/Main/trainval.txt'
 
 
 @pytest.mark.parametrize('spoil, reason', [
-    (remove(SPLIT), 'No such file'),
-    (remove('VOC2012'), 'published archives'),
-    (write(SPLIT, b''), 'no images'),
-    (write(SPLIT, b'002000\n\n002009\n'), 'line 3'),
-    (write(SPLIT, b'002000 1 2\n'), 'line 1'),
-    (write(SPLIT, b'002000\n002001\n002000\n'), 'line 3'),
-    (write(SPLIT, '002000\nb\u00fccher\n'.encode('latin-1')), 'line 2'),
-    (write(SPLIT, '002000\n'.encode('utf-16-le')), 'line 1'),  # without a mark it is not told from UTF-8
-    (replace(XML_FILE, '<name>', '<name>un'), 'object 1'),
-    (replace(XML_FILE, '<name>', '<title>'), 'mismatched tag'),
-    (replace(XML_FILE, '<difficult>0', '<difficult>maybe'), 'maybe'),
-    (replace(XML_FILE, '<width>64', '<width>63'), '63 x 64'),
-    (replace(XML_FILE, '<height>64</height>', ''), 'size/height'),
+    (write(LIST, b''), 'names nothing'),
+    (write(LIST, b'no 100\n\nno 109\n'), 'line 3'),
+    (write(LIST, b'no 100 1 2\n'), 'line 1'),
+    (write(LIST, b'no 100\nno 101\nno 100.jpg\n'), 'line 3'),
+    (write(LIST, 'no 100\nb\u00fccher\n'.encode('latin-1')), 'line 2'),
+    (write(LIST, 'no 100\n'.encode('utf-16-le')), 'line 1'),  # without a mark it is not told from UTF-8
+    (write('JPEGImages/no 100.jpeg', b''), 'no 100.jpeg and no 100.jpg are there'),
+    (change(XML_FILE, '<name>', '<title>'), 'line 5, column 22: mismatched tag'),
+    (change(XML_FILE, 'green', 'a&b'), 'line 5, column'),
+    (change(XML_FILE, '<annotation>', '\n<?xml version="1.0"?><annotation>'), 'line 2, column 1: XML or text'),
+    (change(XML_FILE, '<difficult>0', '<difficult>Unspecified'), "'Unspecified'. Write 0 or 1"),
+    (change(XML_FILE, '<difficult>0', '<difficult>1</difficult><difficult>0'), 'once'),
+    (change(XML_FILE, '<width>64', '<width>63'), '63 x 64'),
+    (change(XML_FILE, '<height>64</height>', ''), '0 <height>'),
+    (change(XML_FILE, '</bndbox>', '</bndbox><bndbox/>'), 'object 1: <object> has 2 <bndbox>'),
+    (change(XML_FILE, '</name>', '</name><name>cell</name>'), '2 <name>'),
+    (change(XML_FILE, '<xmin>', '<xmin>1</xmin><xmin>'), '2 <xmin>'),
+    (change(XML_FILE, '<object>', '<objects><object>', '</object>', '</object></objects>'), 'directly below'),
+    (change(XML_FILE, 'object>', 'Object>'), 'directly below'),
     (write(XML_FILE, b''), 'no element found'),
-    (write(XML_FILE, b'<?xml version="1.0" encoding="klingon"?><annotation/>'), 'encoding'),
+    (write(XML_FILE, b'<?xml version="1.0" encoding="klingon"?><annotation/>'), 'klingon'),
+    (write(XML_FILE, '<annotation>\n<name>\u00fc'.encode('latin-1')), 'line 2, column 7: it is not utf-8'),
     (write(XML_FILE, b'<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>'), 'b'),
-    (write(PICTURE, b'no picture'), 'image'),
+    (write('JPEGImages/no 101.JPG', b'no picture'), 'image'),
 ], ids=lambda value: value if isinstance(value, str) else '')
-def test_bad_data_is_named_before_training(spoil, reason, small_devkit, tmp_path):
-    path = spoil(small_devkit)
-    status, out, err = run(small_devkit, '--output', tmp_path / 'out', *BRIEF)
-    message = error_line(err)
-    assert status == 1
-    assert message.startswith('train_voc.py: error: ') and path in message and reason in message
-    assert not out and not (tmp_path / 'out').exists()
+def test_bad_data_is_named_before_training(spoil, reason, cells, tmp_path):
+    path = spoil(cells)
+    message = fail(cells, '--output', tmp_path / 'out', *BRIEF)
+    assert (str(path) in message or str(cells / LIST) in message) and reason in message
+    assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('path', [XML_FILE, PICTURE])
-def test_missing_files_are_named_with_their_line(path, small_devkit, tmp_path):
-    (small_devkit / path).unlink()
-    status, _, err = run(small_devkit, '--output', tmp_path / 'out', *BRIEF)
-    split = small_devkit / Path(path).parts[0] / 'ImageSets/Main/trainval.txt'
-    line = split.read_text().split().index(Path(path).stem) + 1
-    assert status == 1 and str(small_devkit / path) in err and f'{split}, line {line}' in err
+def test_up_to_20_files_are_named_in_one_run(many_cells, tmp_path):
+    root = shutil.copytree(many_cells, tmp_path / 'cells')
+    for path in sorted((root / 'Annotations').glob('no 1*'))[:25]:
+        path.write_text('<annotation>')
+    (root / 'JPEGImages/no 300.jpg').unlink()
+    status, _, err = run(root, *BRIEF)
+    assert status == 1 and error_line(err).endswith('26 are wrong: the 20 above, and 6 more.')
+    assert err.count('.xml, line 1') == 20
+    for path in (root / 'Annotations').glob('no 1*'):
+        path.write_text((root / 'Annotations/no 200.xml').read_text())
+    assert f'{root / "ImageSets/Main/test.txt"}, line 1: {root / "JPEGImages/no 300"}' in fail(root, *BRIEF)
+
+
+@pytest.mark.parametrize('spoil, names', [
+    (change(XML_FILE, '\t<size><width>64</width><height>64</height><depth>3</depth></size>\n', ''), 1),
+    (change(XML_FILE, '<width>64</width><height>64</height>', '<width>0</width><height>0</height>'), 1),
+    (change(XML_FILE, '<difficult>0</difficult>', '<difficult/>'), 1),
+    (change(XML_FILE, '<difficult>0</difficult>', ''), 1),
+    (change(XML_FILE, '<pose>', '<deleted>1</deleted><pose>'), 0),
+    (change(XML_FILE, '</object>', '<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part></object>'), 1),
+    (change(XML_FILE, '<annotation>', '<?xml version="1.0" encoding="GBK"?>\n<annotation>'), None),
+], ids=str)
+def test_annotations_that_people_have_are_read(spoil, names, cells):
+    path = spoil(cells)
+    if names is None:
+        path.write_bytes(path.read_text().replace('green cell', '\u7ec6\u80de').encode('gbk'))
+        assert read(cells).names == ('\u7ec6\u80de',)
+    else:
+        assert read(cells).names == ('green cell',) * names and not any(read(cells).difficult)
 
 
 @pytest.mark.parametrize('content', [
-    b'002000\r\n\r\n  002001 \r\n002003',
-    codecs.BOM_UTF8 + b'002000\n002001\n002003\n',
-    '002000\n002001\n002003\n'.encode('utf-16'),
-    b'002000.jpg\n002001.JPG\n002003.jpeg\n',
-    b'002000  1\n002001 -1\n002003  0\n',
+    b'no 100\r\n\r\n  no 101 \r\nno 102',
+    codecs.BOM_UTF8 + b'no 100\nno 101\nno 102\n',
+    'no 100\nno 101\nno 102\n'.encode('utf-16'),
+    b'no 100.jpg\nno 101.JPG\nno 102.png\n',
+    b'no 100  1\nno 101 -1\nno 102  0\n',
 ])
-def test_lists_that_people_have_are_read(content, small_devkit):
-    path = small_devkit / SPLIT
-    path.write_bytes(content)
-    assert list(voc.read_split(path)) == ['002000', '002001', '002003']
+def test_lists_that_people_have_are_read(content, cells):
+    (cells / 'JPEGImages/no.jpg').write_bytes(b'')  # "no 100" is a name, and no class list's line for "no"
+    (cells / LIST).write_bytes(content)
+    samples = voc.read_samples(dict(train=[cells / LIST]), None, quiet=True)['train']
+    assert [s.image.name for s in samples] == ['no 100.jpg', 'no 101.JPG', 'no 102.png']
 
 
-@pytest.mark.parametrize('mode', ['L', 'CMYK'])
-def test_pictures_of_other_modes_are_read(mode, small_devkit):
-    path = small_devkit / 'VOC2007/JPEGImages/003000.jpg'
-    with Image.open(path) as image:
-        image.convert(mode).save(path)
-    image, _ = voc.VOC(small_devkit, '2007', 'test', v2.ToImage(), quiet=True)[0]
-    assert image.shape == (3, 64, 64)
+def test_the_listed_extension_decides(cells):
+    Image.new('L', (64, 64)).save(cells / 'JPEGImages/no 100.PNG')
+    (cells / LIST).write_text('no 100.PNG\n')
+    sample, = voc.read_samples(dict(train=[cells / LIST]), None, quiet=True)['train']
+    assert sample.image.name == 'no 100.PNG'
+    image, target = voc.VOC([sample], list(COLORS), v2.ToImage())[0]
+    assert image.shape == (3, 64, 64) and target['labels'].tolist() == [1]
 
 
-def test_pictures_are_not_turned_away_from_their_boxes(small_devkit):
+def test_pictures_are_not_turned_away_from_their_boxes(cells):
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.new('RGB', (64, 32))
     image.paste('white', (0, 0, 32, 32))
-    image.save(small_devkit / 'VOC2012/JPEGImages/002001.jpg', exif=exif)
-    annotate(small_devkit, (1, 1, 32, 32), height=32)
-    image, found = voc.VOC(small_devkit, '2012', 'trainval', v2.ToImage(), quiet=True)[1]
+    image.save(cells / 'JPEGImages/no 101.JPG', exif=exif)
+    annotate(cells, (1, 1, 32, 32), size=(64, 32))
+    image, found = voc.VOC([read(cells)], ['dog'], v2.ToImage())[0]
     assert image.shape == (3, 32, 64)
     left, top, right, bottom = found['boxes'].int()[0].tolist()
     assert image[:, top:bottom, left:right].float().mean() > 200
-    annotate(small_devkit, (1, 1, 32, 32), width=32, height=64)  # for the turned picture
-    with pytest.raises(BadInput, match='002001.jpg'):
-        voc.VOC(small_devkit, '2012', 'trainval', v2.ToImage(), quiet=True)
+    annotate(cells, (1, 1, 32, 32), size=(32, 64))  # for the turned picture
+    with pytest.raises(BadInput, match='no 101.JPG'):
+        read(cells)
 
 
-def test_unreadable_image_ends_the_program_with_a_line(small_devkit, tmp_path):
-    path = small_devkit / PICTURE
+def test_unreadable_image_ends_the_program_with_a_line(cells, tmp_path):
+    path = cells / PICTURE
     path.write_bytes(path.read_bytes()[:900])  # the header can be read
-    status, _, err = run(small_devkit, '--output', tmp_path / 'out', *BRIEF, '--workers', 1)  # by another process
-    assert status == 1
-    assert error_line(err).startswith(f'train_voc.py: error: {path} cannot be read as an image')
+    message = fail(cells, '--output', tmp_path / 'out', *BRIEF, '--workers', 1)  # by another process
+    assert message.startswith(f'train_voc.py: error: {path} cannot be read as an image')
 
 
-def test_a_split_without_objects_is_an_error(small_devkit, tmp_path):
-    for path in (small_devkit / 'VOC2007/Annotations').glob('001*.xml'):
+def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
+    args = [cells, '--output', tmp_path / 'none', *BRIEF]
+    change('Annotations/no 301.xml', 'green', 'red')(cells)
+    message = fail(*args)
+    assert "1 objects of class 'red cell'" in message and str(cells / 'ImageSets/Main/test.txt') in message
+    assert "'red cell', not one of white cell, green cell" in fail(*args, '--classes', *COLORS)
+    (cells / 'ImageSets/Main/test.txt').write_text('no 300\nno 103\nno 102\n')
+    assert 'no 103.jpg is in the train list and in the test list, and so are 2 of the 3' in fail(*args)
+    assert run(*args, '--allow-overlap')[0] == 0
+    assert 'no 200.jpg' in fail(*args, '--test-list', 'val', '--train-lists', 'val', '--val-list', 'test')
+    for path in (cells / 'Annotations').glob('no 1*.xml'):
         path.write_text(XML.format(width=64, height=64, objects=''))
-    split = small_devkit / 'VOC2007/ImageSets/Main/trainval.txt'
-    status, _, err = run(small_devkit, '--output', tmp_path / 'none', *BRIEF)
-    assert status == 1 and str(split) in error_line(err) and 'no objects' in err
+    assert str(cells / LIST) in (message := fail(*args)) and 'no objects' in message
+    assert 'has no ImageSets/Main' in fail(tmp_path, *args[1:])
+    assert 'DIR' in run(*args[1:])[2]
 
 
-def test_an_epoch_without_objects_is_an_error(small_devkit, tmp_path, monkeypatch):
+def test_an_epoch_without_objects_is_an_error(cells, tmp_path, monkeypatch):
     monkeypatch.setattr(v2.RandomHorizontalFlip, 'forward', lambda self, image, target: (
         image, {**target, 'boxes': target['boxes'][:0], 'labels': target['labels'][:0]}))
-    status, _, err = run(small_devkit, '--output', tmp_path / 'out', *BRIEF)
-    assert status == 1 and 'epoch 1 is exactly 0' in error_line(err)
+    assert 'epoch 1 is exactly 0' in fail(cells, '--output', tmp_path / 'out', *BRIEF)
     assert not (tmp_path / 'out/last.pth').exists()
+
+
+def test_published_lists_and_classes_of_voc_are_the_defaults(devkit, tmp_path):
+    status, out, _ = run(devkit.parent, '--output', tmp_path / 'a', *BRIEF)
+    assert status == 0 and 'train: 8 images with aeroplane 4, bicycle 0, bird 0, boat 0, bottle 4, bus 0' in out
+    assert torch.load(tmp_path / 'a/last.pth', weights_only=True)['options']['classes'] == list(voc.CLASSES)
+    shutil.rmtree(devkit / 'VOC2012')
+    (tmp_path / 'classes.txt').write_text('bottle\n\naeroplane\n')
+    status, out, _ = run(devkit, '--output', tmp_path / 'b', *BRIEF, '--classes', tmp_path / 'classes.txt')
+    assert status == 0 and 'has VOC2007 only' in out and 'train: 4 images with bottle 2, aeroplane 2\n' in out
+    lists = ['--train-lists', 'VOC2007/test', '--test-list', 'VOC2007/trainval.txt']
+    status, out, _ = run(devkit, '--output', tmp_path / 'c', *BRIEF, *lists)
+    assert status == 0 and 'only' not in out and 'test: 4 images' in out
+
+
+def test_bccd_is_read():
+    folder = Path(os.environ.get('BCCD_DIR', ''), 'ImageSets/Main')
+    if not folder.is_dir():
+        pytest.skip('BCCD_DIR must name folder BCCD of git clone https://github.com/Shenggan/BCCD_Dataset')
+    lists = {k: [folder / f'{k}.txt'] for k in ('trainval', 'test')}
+    samples = voc.read_samples(lists, None, quiet=True)
+    assert {k: len(v) for k, v in samples.items()} == dict(trainval=292, test=72)
+    counts = Counter(n for part in samples.values() for s in part for n in s.names)
+    assert counts == dict(RBC=4155, WBC=372, Platelets=361)
 
 
 @pytest.mark.parametrize('name', ['hbonet_010', 'mobilenetv2_100'])
@@ -482,6 +637,15 @@ def test_detector_takes_any_backbone_of_stride_32(name):
         outputs = model.head(list(maps.values()))
     assert [m.shape[-1] for m in maps.values()] == [20, 10, 5, 3, 2, 1]
     assert {v.dtype for v in outputs.values()} == {torch.float32}  # coordinates keep their precision
+
+
+def test_default_boxes_are_the_same_under_autocast():
+    model, boxes = train_voc.create_detector('hbonet_010', 640).eval(), []
+    model.anchor_generator.register_forward_hook(lambda module, args, output: boxes.append(output[0]))
+    for enabled in (False, True):
+        with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            model([torch.zeros(3, 640, 640)])
+    assert boxes[0].dtype == torch.float32 and torch.equal(*boxes)
 
 
 def test_further_maps_are_those_of_torchvision():
@@ -503,24 +667,24 @@ def test_backbone_starts_from_pretrained_weights(server):
 @pytest.mark.parametrize('option', ['--resume', '--evaluate'])
 @pytest.mark.parametrize('content', [
     None, b'text', {'state_dict': {}}, Path('a pickled object'), {'script': 'train_market1501.py'}])
-def test_file_that_is_no_checkpoint_is_refused(option, content, devkit, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused(option, content, cells, tmp_path):
     path = tmp_path / 'weights.pth'
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    status, _, err = run(devkit, '--output', tmp_path / 'out', option, path, '--device', 'cpu')
+    status, _, err = run(cells, '--output', tmp_path / 'out', option, path, '--device', 'cpu')
     assert status == 1 and f'train_voc.py: error: {path} cannot be read as a checkpoint' in err
     assert not (tmp_path / 'out').exists()
 
 
-def test_checkpoint_of_other_options_is_named(trained, devkit, tmp_path):
+def test_checkpoint_of_other_options_is_named(trained, cells, tmp_path):
     path = trained['output'] / 'last.pth'
     for option, value, others in (
             ('--model', 'hbonet_025', ('--resume', '--evaluate')), ('--image-size', 96, ('--resume', '--evaluate')),
             ('--lr', 0.1, ('--resume',)), ('--epochs', 33, ('--resume',)), ('--seed', 1, ('--resume',))):
         for other in others:
-            status, _, err = run(devkit, '--output', tmp_path / 'out', other, path, option, value, '--device', 'cpu')
+            status, _, err = run(cells, '--output', tmp_path / 'out', other, path, option, value, '--device', 'cpu')
             assert status == 1 and str(path) in err and option in err and str(value) in err
 
 
@@ -528,7 +692,7 @@ def test_checkpoint_of_other_options_is_named(trained, devkit, tmp_path):
     (1, ['--model', 'vit_tiny_patch16_224'], '--model'),
     (1, ['--model', 'hbonet_999'], '--model hbonet_999'),
     (1, ['--batch-size', 99], '--batch-size'),
-    (1, ['--lr', '1e18', '--batch-size', 4], '--lr'),
+    (1, ['--lr', '1e18', '--epochs', 3], '--lr'),
     (2, ['--device', 'meta'], '--device'),
     (2, ['--device', 'quantum'], '--device'),
     (2, ['--epochs', 0], '--epochs'),
@@ -545,20 +709,20 @@ def test_checkpoint_of_other_options_is_named(trained, devkit, tmp_path):
     (2, ['--image-size', 0], '--image-size'),
     (2, ['--resume', 'last.pth', '--evaluate', 'last.pth'], '--resume'),
 ])
-def test_options_that_cannot_work_are_named(status, options, message, small_devkit, tmp_path):
-    found, _, err = run(small_devkit, '--output', tmp_path / 'out', *BRIEF, *options)
+def test_options_that_cannot_work_are_named(status, options, message, cells, tmp_path):
+    found, _, err = run(cells, '--output', tmp_path / 'out', *BRIEF, *options)
     line = error_line(err)
     assert found == status and line.startswith('train_voc.py: error: ') and message in line
     assert not (tmp_path / 'out/last.pth').exists()
 
 
-def test_no_file_is_overwritten(small_devkit, tmp_path):
+def test_no_file_is_overwritten(cells, tmp_path):
     mine = tmp_path / 'out/last.pth'
     mine.parent.mkdir()
     mine.write_text('years of work')
     for number in (1, 2):
-        assert run(small_devkit, '--output', tmp_path / 'out', *BRIEF)[0] == 0
+        assert run(cells, '--output', tmp_path / 'out', *BRIEF)[0] == 0
         assert {p.name for p in (tmp_path / f'out-{number}').iterdir()} == {'detections.png', 'last.pth', 'summary.csv'}
     assert [p.name for p in mine.parent.iterdir()] == ['last.pth'] and mine.read_text() == 'years of work'
-    status, _, err = run(small_devkit, '--output', mine / 'below', *BRIEF)
+    status, _, err = run(cells, '--output', mine / 'below', *BRIEF)
     assert status == 1 and f'--output {mine / "below"}' in err
