@@ -48,15 +48,13 @@ FILE_NAME = re.compile(r'(-1|[0-9]{1,18})_c([0-9]{1,18})([^0-9].*)?\.(jpe?g|png)
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 RANKS = (1, 5, 10)
 EVAL_BATCH_SIZE = 128
+Data = Dict[str, List['Sample']]  # by folder
 
 
 class Sample(NamedTuple):
     path: Path
     identity: int
     camera: int
-
-
-Data = Dict[str, List[Sample]]
 
 
 class Features(NamedTuple):
@@ -99,15 +97,14 @@ def read_data(args: argparse.Namespace) -> Data:
     for split in (QUERY, GALLERY) if args.evaluate else (TRAIN, QUERY, GALLERY):
         folder = args.data / split
         found = read_split(folder, errors)
-        data[split] = [s for s in found if s.identity > DISTRACTOR or (split, s.identity) == (GALLERY, DISTRACTOR)]
-        identities = {s.identity for s in data[split]} - {DISTRACTOR}
+        samples = data[split] = [s for s in found if s.identity > 0 or (split, s.identity) == (GALLERY, DISTRACTOR)]
+        identities = {s.identity for s in samples} - {DISTRACTOR}
         if not identities and not errors:
             raise BadInput(
                 f'{folder} {"has no images of identities from 1" if folder.is_dir() else "is missing"}. Give a folder '
                 f'with {TRAIN}, {QUERY} and {GALLERY}, as the archive of Market-1501 makes it.')
         if args.rank == 0:
-            left_out = len(found) - len(data[split])
-            print(f'{split}: {len(data[split])} images, {len(identities)} identities, {left_out} left out as junk')
+            print(f'{split}: {len(samples)} images, {len(identities)} identities, {len(found) - len(samples)} left out')
     raise_errors(errors, quiet=args.rank > 0)
     check_overlap(args, {k: [f'identity {s.identity:04}' for s in v] for k, v in data.items() if k != QUERY})
     counts, cameras = Counter(s.identity for s in data.get(TRAIN, ())), defaultdict(set)
@@ -237,8 +234,7 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
         if hasattr(backbone, 'set_input_size'):
             backbone.set_input_size(img_size=tuple(args.image_size))
         with torch.no_grad():
-            embeddings, logits = model(torch.zeros(2, 3, *args.image_size))
-        torch.cat([embeddings, logits], dim=1)
+            torch.cat(model(torch.zeros(2, 3, *args.image_size)), dim=1)  # each has a row for each image
     except Exception as e:  # each of timm's families has errors of its own
         raise BadInput(
             f'--model {args.model} does not take --image-size {args.image_size}: {e} It is made for '
@@ -248,19 +244,17 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
 
 def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict], data: Data) -> Dict[str, float]:
     """Train. Returns the metrics after the last epoch, in the first process."""
-    names = sorted({s.identity for s in data[TRAIN]})
-    if len(names) * args.images_per_identity < args.batch_size:
+    classes = {identity: i for i, identity in enumerate(sorted({s.identity for s in data[TRAIN]}))}
+    if len(classes) * args.images_per_identity < args.batch_size:
         raise BadInput(
-            f'{args.data / TRAIN} has {len(names)} identities, with --images-per-identity {args.images_per_identity} '
+            f'{args.data / TRAIN} has {len(classes)} identities, with --images-per-identity {args.images_per_identity} '
             f'too few for --batch-size {args.batch_size}. Give a smaller one.')
-    args.num_classes = len(names)
+    args.num_classes = len(classes)
     random_seed(args.seed)
     model = create_reid_model(args, args.pretrained and not checkpoint)
     collate = partial(load_batch, transform=create_transform(args, model, is_training=True))
-    classes = dict(zip(names, range(len(names)), strict=True))
     dataset = [(s.path, classes[s.identity]) for s in data[TRAIN]]
-    labels = [label for _, label in dataset]
-    epoch_size = max(args.batch_size, len(dataset) // args.world_size)
+    labels, epoch_size = [label for _, label in dataset], max(args.batch_size, len(dataset) // args.world_size)
     miner, triplet_loss, metrics = BatchHardMiner(), TripletMarginLoss(margin=0.3), {}
 
     def create_loader(epoch: int) -> DataLoader:
