@@ -155,7 +155,7 @@ def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[Li
 
 def draw(image: Image.Image, boxes: Sequence, captions: List[str], color: str, note: str) -> Image.Image:
     """Draw boxes on an image, or a note if there are none."""
-    size = max(10, max(image.size) // 40)
+    size = max(10, min(image.size) // 30)
     if not boxes:
         font = ImageFont.truetype(FONT, size)
         ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
@@ -214,11 +214,11 @@ def predict(model: SSD, args: argparse.Namespace) -> None:
 def export(model: SSD, args: argparse.Namespace) -> None:
     """Write ONNX of the whole detector: an image [3, H, W] of 0 to 1 in, and boxes, scores and labels out."""
     content, names = io.BytesIO(), ['boxes', 'scores', 'labels']
+    image = torch.rand(3, args.image_size, args.image_size, device=args.device)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of torchvision's code in the older exporter, the one that takes it
         torch.onnx.export(
-            model.cpu().eval(), ([torch.rand(3, args.image_size, args.image_size)],), content, dynamo=False,
-            input_names=['image'], output_names=names,
+            model.eval(), ([image],), content, dynamo=False, input_names=['image'], output_names=names,
             dynamic_axes={'image': {1: 'height', 2: 'width'}, **{n: {0: 'found'} for n in names}})
     write_file(args.output_dir / 'detector.onnx', content.getvalue())
     labels = ', '.join(f'{i} {n}' for i, n in enumerate(args.classes, 1))

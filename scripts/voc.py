@@ -22,7 +22,6 @@ with requirements():
 CLASSES = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
-EXTENSIONS = ('.jpg', '.jpeg', '.png')
 
 Target = Dict[str, torch.Tensor]
 
@@ -74,7 +73,8 @@ def read_samples(
         folder, known, images = path.parents[2], {}, defaultdict(list)
         texts = read_lines(path)
         for image in sorted((folder / 'JPEGImages').rglob('*')):
-            images[split_name(image.relative_to(folder / 'JPEGImages').as_posix())[0]].append(image)
+            name, extension = split_name(image.relative_to(folder / 'JPEGImages').as_posix())
+            images[name] += [image] if extension else []
         for line, text in enumerate(tqdm(texts, f'{folder.name} {path.stem}', disable=quiet, leave=False), 1):
             try:
                 name, image = find_image(folder, images, text) if text else ('', None)
@@ -134,8 +134,7 @@ def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[
     """Name without extension, and image, of a line. Lists of one class have a second column, -1, 0 or 1."""
     for column in ('', r'\s+(-1|0|1)'):
         name, extension = split_name(re.sub(f'{column}$', '', text))
-        found = [i for i in images.get(name, []) if i.suffix.lower() in EXTENSIONS]
-        found = [i for i in found if i.suffix == extension] or found
+        found = [i for i in images.get(name, []) if i.suffix == extension] or images.get(name, [])
         if len(found) > 1:
             raise ValueError(f'{" and ".join(i.name for i in found)} are there. Write which, or remove one.')
         if found:
@@ -172,8 +171,8 @@ def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str
         raise BadInput(f'{path} is missing. Add it, or remove the image from its lists.') from None
     except ParseError as e:
         raise BadInput(
-            f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file with '
-            f'<?xml or <annotation>, close each element, and write & as &amp; and < as &lt;.') from None
+            f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file '
+            f'with <?xml or <annotation>, close each element, and write & as &amp; and < as &lt;.') from None
     except ValueError as e:
         raise BadInput(f'{path} is not as VOC annotates: {e}. Correct the file.') from None
     return Sample(image_path, *(zip(*objects, strict=True) if objects else ((), (), ())))

@@ -692,7 +692,7 @@ def test_checkpoint_of_other_options_is_named(trained, cells, tmp_path):
     (1, ['--model', 'vit_tiny_patch16_224'], '--model'),
     (1, ['--model', 'hbonet_999'], '--model hbonet_999'),
     (1, ['--batch-size', 99], '--batch-size'),
-    (1, ['--lr', '1e18', '--epochs', 3], '--lr'),
+    (1, ['--lr', '1e18', '--batch-size', 2], '--lr'),
     (2, ['--device', 'meta'], '--device'),
     (2, ['--device', 'quantum'], '--device'),
     (2, ['--epochs', 0], '--epochs'),
