@@ -49,7 +49,7 @@ def add_image(root: Path, split: str, identity: int, camera: int, shot: int, suf
     pixels = pixels * view.uniform(0.8, 1.1) + view.normal(0, 8, pixels.shape)
     path = root / split / f'{"-1" if identity < 0 else f"{identity:04}"}_c{camera}s1_{shot:06}_01.{suffix}'
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=95, subsampling=0)
     return path
 
 
@@ -75,8 +75,8 @@ def small(tmp_path: Path) -> Path:
 def trained(market: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
     output = tmp_path_factory.mktemp('trained') / 'run'
     status, stdout, stderr = run(
-        market, '--output', output, '--model', 'test_resnet', '--batch-size', 32, '--lr', 3e-3, '--epochs', 20,
-        '--eval-every', 15, *SMALL)
+        market, '--output', output, '--model', 'test_resnet', '--batch-size', 32, '--lr', 6e-3, '--epochs', 30,
+        '--eval-every', 20, *SMALL)
     assert status == 0, stderr
     return dict(last=output / 'last.pth', output=output, stdout=stdout, stderr=stderr)
 
@@ -132,18 +132,19 @@ def test_metrics_match_those_of_scikit_learn_in_chunks() -> None:
 def test_training_learns_to_recognize_unseen_persons(trained: Dict[str, Any]) -> None:
     losses, metrics = read_losses(trained['stdout']), read_metrics(trained['stdout'])
     print('losses', losses, 'metrics', metrics)
-    assert len(losses) == 20
-    # no rounding goes that far: seeds 0 to 2 give 0.29 to 0.35, and an mAP of 84 to 88 %, or 33 to 38 % untrained
-    assert losses[-1] < 0.6 * losses[0]
-    assert metrics['mAP'] > 60
+    assert len(losses) == 30
+    # seeds 0 to 2 give 0.04 to 0.20, and an mAP of 92 to 98 %; in bfloat16, coarser than processors differ, 87 to 96 %;
+    # 23 to 24 % without training
+    assert losses[-1] < 0.5 * losses[0]
+    assert metrics['mAP'] > 50
     assert metrics['rank-1'] <= metrics['rank-5'] <= metrics['rank-10'] <= 100
-    assert 'Epoch 20' in trained['stderr']  # progress
+    assert 'Epoch 30' in trained['stderr']  # progress
     assert f'{TRAIN}: 48 images, 8 identities, 0 left out' in trained['stdout']
     assert re.search(
-        r'^Epoch 15 of 20: loss [\d.]+, learning rate [\d.e-]+, [\d.]+ s, mAP \d.*, rank-1 \d', trained['stdout'], re.M)
+        r'^Epoch 20 of 30: loss [\d.]+, learning rate [\d.e-]+, [\d.]+ s, mAP \d.*, rank-1 \d', trained['stdout'], re.M)
     assert sorted(p.name for p in trained['output'].iterdir()) == ['last.pth', 'matches.png', 'summary.csv']
     rows = list(csv.DictReader(open(trained['output'] / 'summary.csv', newline='')))
-    assert [r['epoch'] for r in rows if r['mAP']] == ['15', '20']
+    assert [r['epoch'] for r in rows if r['mAP']] == ['20', '30']
     assert float(rows[-1]['mAP']) == pytest.approx(metrics['mAP'], abs=0.01)
 
 
