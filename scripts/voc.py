@@ -8,8 +8,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 import torch
-from PIL import Image
-from script_utils import BadInput, image_error, raise_errors, read_image, requirements
+from script_utils import BadInput, raise_errors, read_image, requirements
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from torchvision.tv_tensors import BoundingBoxes
@@ -58,7 +57,7 @@ def read_samples(
         classes: Optional[Sequence[str]],
         quiet: bool,
 ) -> Dict[str, List[Sample]]:
-    """Read all that lists name, and check all but the pixels.
+    """Read and check all that lists name.
 
     Args:
         lists: Files, each in `ImageSets/Main` of a folder that has `JPEGImages` and `Annotations` too.
@@ -145,12 +144,7 @@ def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[
 
 def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str]] = None) -> Sample:
     """Objects in an image. What is marked as deleted is left out."""
-    try:
-        with Image.open(image_path) as image:  # its header only
-            size = image.size
-    except Exception as e:  # each of Pillow's decoders has errors of its own
-        raise image_error(image_path, e) from None
-    objects = []
+    size, objects = read_image(image_path, upright=False).size, []  # all of it: a damaged one would end a long run
     try:
         root = fromstring(read_text(path))
         if root.find('size/*') is not None:

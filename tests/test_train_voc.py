@@ -574,11 +574,21 @@ def test_pictures_are_not_turned_away_from_their_boxes(cells):
         read(cells)
 
 
-def test_unreadable_image_ends_the_program_with_a_line(cells, tmp_path):
-    path = cells / PICTURE
-    path.write_bytes(path.read_bytes()[:900])  # the header can be read
-    message = fail(cells, '--output', tmp_path / 'out', *BRIEF, '--workers', 1)  # by another process
-    assert message.startswith(f'train_voc.py: error: {path} cannot be read as an image')
+def test_damaged_images_are_named_before_training_and_in_it(cells, tmp_path, monkeypatch):
+    path, args = cells / PICTURE, [cells, '--output', tmp_path / 'out', *BRIEF, '--workers', 1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:900])  # the header can be read
+    assert f'{path} cannot be read as an image' in fail(*args) and not (tmp_path / 'out').exists()
+    read_data = train_voc.read_data
+
+    def read_then_damage(args: Any) -> Any:
+        path.write_bytes(whole)
+        samples = read_data(args)
+        path.write_bytes(whole[:900])
+        return samples
+
+    monkeypatch.setattr(train_voc, 'read_data', read_then_damage)
+    assert fail(*args).startswith(f'train_voc.py: error: {path} cannot be read as an image')  # by another process
 
 
 def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
