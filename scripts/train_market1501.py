@@ -237,7 +237,7 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
             torch.cat(model(torch.zeros(2, 3, *args.image_size)), dim=1)  # each has a row for each image
     except Exception as e:  # each of timm's families has errors of its own
         raise BadInput(
-            f'--model {args.model} does not take --image-size {args.image_size}: {e} It is made for '
+            f'--model {args.model} does not take --image-size {" ".join(map(str, args.image_size))}: {e} It is made for '
             f'{backbone.pretrained_cfg["input_size"][1:]}.') from None
     return model.to(args.device)
 
@@ -248,7 +248,7 @@ def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict]
     if len(classes) * args.images_per_identity < args.batch_size:
         raise BadInput(
             f'{args.data / TRAIN} has {len(classes)} identities, with --images-per-identity {args.images_per_identity} '
-            f'too few for --batch-size {args.batch_size}. Give a smaller one.')
+            f'too few for --batch-size {args.batch_size}. Add some, or give a smaller one.')
     args.num_classes = len(classes)
     random_seed(args.seed)
     model = create_reid_model(args, args.pretrained and not checkpoint)
