@@ -121,6 +121,12 @@ def write_file(path: Path, content: bytes) -> None:
         raise BadInput(f'{path} cannot be written: {e.strerror or e}. Make room, or give another --output.') from None
 
 
+def write_image(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, format='PNG')
+    write_file(path, content.getvalue())
+
+
 def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
     """Write matplotlib's figure as PNG, of so many colors if given: a file of a drawing gets small by that."""
     picture = io.BytesIO()
@@ -129,11 +135,6 @@ def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
         image, picture = Image.open(picture).convert('RGB'), io.BytesIO()
         image.quantize(colors).save(picture, 'PNG', optimize=True)
     write_file(path, picture.getvalue())
-
-
-def image_error(path: Path, error: Exception) -> BadInput:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return BadInput(f'{path} cannot be read as an image: {reason}. Give a JPEG, PNG or WebP file.')
 
 
 def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
@@ -160,7 +161,8 @@ def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Ima
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert(mode)
     except Exception as e:  # each of Pillow's decoders has errors of its own
-        raise image_error(path, e) from None
+        reason = getattr(e, 'strerror', None) or e
+        raise BadInput(f'{path} cannot be read as an image: {reason}. Give a JPEG, PNG or WebP file.') from None
 
 
 interrupts = []

@@ -26,6 +26,7 @@ from script_utils import (
     requirements,
     run_script,
     write_file,
+    write_image,
 )
 from timm.data import resolve_model_data_config
 from timm.utils import random_seed
@@ -144,18 +145,9 @@ def evaluate(model: SSD, dataset: VOC, args: argparse.Namespace) -> Optional[VOC
     return voc_score(*zip(*results, strict=True), args.classes) if args.rank == 0 else None
 
 
-@torch.inference_mode()
-def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[List[Any], List[str], List[float]]:
-    """Corners in pixels, classes and scores of what is found with --min-score or more."""
-    with autocast(args):
-        found = model.eval()([to_tensor(image).to(args.device)])[0]
-    found = {k: v[found['scores'] >= args.min_score].tolist() for k, v in found.items()}
-    return found['boxes'], [args.classes[i - 1] for i in found['labels']], found['scores']
-
-
 def draw(image: Image.Image, boxes: Sequence, captions: List[str], color: str, note: str) -> Image.Image:
-    """Draw boxes on an image, or a note if there are none."""
-    size = max(10, min(image.size) // 30)
+    """Give the image with boxes, or with a note if there are none."""
+    size, image = max(10, min(image.size) // 30), image.copy()
     if not boxes:
         font = ImageFont.truetype(FONT, size)
         ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
@@ -165,15 +157,16 @@ def draw(image: Image.Image, boxes: Sequence, captions: List[str], color: str, n
         font_size=size))
 
 
-def draw_found(image: Image.Image, boxes: Sequence, names: List[str], scores: List[float], least: float) -> Image.Image:
-    captions = [f'{n} {s:.2f}' for n, s in zip(names, scores, strict=True)]
-    return draw(image, boxes, captions, 'yellow', f'nothing above {least:g}')
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    content = io.BytesIO()
-    image.save(content, format='PNG')
-    write_file(path, content.getvalue())
+@torch.inference_mode()
+def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[List[Tuple[Any, ...]], Image.Image]:
+    """Class, score and corners in pixels of what is found with --min-score or more, and the image with it."""
+    with autocast(args):
+        found = model.eval()([to_tensor(image).to(args.device)])[0]
+    found = {k: v[found['scores'] >= args.min_score].tolist() for k, v in found.items()}
+    names, boxes, scores = [args.classes[i - 1] for i in found['labels']], found['boxes'], found['scores']
+    captions = [f'{name} {score:.2f}' for name, score in zip(names, scores, strict=True)]
+    drawn = draw(image, boxes, captions, 'yellow', f'nothing above {args.min_score:g}')
+    return [(name, score, *box) for name, score, box in zip(names, scores, boxes, strict=True)], drawn
 
 
 def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> None:
@@ -182,14 +175,10 @@ def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace
     picture = Image.new('RGB', (4 * TILE, (len(chosen) + 1) // 2 * TILE), 'white')
     for i, sample in enumerate(chosen):
         image = read_image(sample.image, upright=False)
-        boxes, names, scores = detect(model, image, args)
-        tile = ImageOps.contain(image, (TILE - 4, TILE - 4))
-        scale = (torch.tensor(tile.size) / torch.tensor(image.size)).repeat(2)
-        true, found = ((torch.tensor(b).reshape(-1, 4) * scale).tolist() for b in (sample.boxes, boxes))
-        place = i % 2 * 2 * TILE, i // 2 * TILE
-        picture.paste(draw(tile.copy(), true, list(sample.names), 'lime', 'no objects'), place)
-        picture.paste(draw_found(tile, found, names, scores, args.min_score), (place[0] + TILE, place[1]))
-    write_png(args.output_dir / 'detections.png', picture)
+        true = draw(image, sample.boxes, list(sample.names), 'lime', 'no objects')
+        for j, drawn in enumerate([true, detect(model, image, args)[1]], 2 * i):
+            picture.paste(ImageOps.contain(drawn, (TILE - 4, TILE - 4)), (j % 4 * TILE, j // 4 * TILE))
+    write_image(args.output_dir / 'detections.png', picture)
     print(f'Picture of detections, true ones on the left: {args.output_dir / "detections.png"}')
 
 
@@ -198,15 +187,14 @@ def predict(model: SSD, args: argparse.Namespace) -> None:
     rows, errors = [], []
     for i, photo in enumerate(tqdm(args.predict, 'Photographs', leave=False), 1):
         try:
-            image = read_image(photo)
+            found, drawn = detect(model, read_image(photo), args)
+            rows += [(photo, *row) for row in found]
+            write_image(args.output_dir / f'{i}_{photo.stem}.png', drawn)
         except BadInput as e:
             errors.append(str(e))
-            continue
-        boxes, names, scores = detect(model, image, args)
-        rows += [[photo, *row, *box] for *row, box in zip(names, scores, boxes, strict=True)]
-        write_png(args.output_dir / f'{i}_{photo.stem}.png', draw_found(image, boxes, names, scores, args.min_score))
     table = pd.DataFrame(rows, columns=['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax'])
-    write_file(args.output_dir / 'detections.csv', table.to_csv(index=False, float_format='%.4f').encode())
+    content = table.to_csv(index=False, float_format='%.4f').encode(errors='surrogateescape')
+    write_file(args.output_dir / 'detections.csv', content)
     print(f'Photographs with boxes, and detections.csv: {args.output_dir}')
     raise_errors(errors)
 

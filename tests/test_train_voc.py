@@ -160,10 +160,10 @@ def test_best_is_the_first_epoch_of_the_highest_score(cells, tmp_path, monkeypat
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Function that lets the detector find one white cell in each image, with a score."""
-    def find(score: float) -> None:
-        boxes = torch.tensor([[8., 16., 40., 48.]])
+    def find(score: float, scale: int = 1) -> None:
+        boxes = torch.tensor([[8., 16., 40., 48.]]) * scale
         monkeypatch.setattr(train_voc.SSD, 'forward', lambda self, images: [
             dict(boxes=boxes, labels=torch.tensor([2]), scores=torch.tensor([score])) for _ in images])
     return find
@@ -173,20 +173,20 @@ def test_picture_has_true_boxes_and_found_ones_of_all_the_list(cells, found, tmp
     args = train_voc.create_parser().parse_args([str(cells), '--device', 'cpu'])
     args.output_dir, args.classes = tmp_path, sorted(COLORS)
     for i in range(4):  # of two shapes
-        Image.new('RGB', (64, 32 if i else 64)).save(tmp_path / f'{i}.png')
-    samples = [voc.Sample(tmp_path / f'{i}.png', ('white cell',), ((8., 0., 24., 16.),), (False,)) for i in range(4)]
+        Image.new('RGB', (640, 320 if i else 640)).save(tmp_path / f'{i}.png')
+    samples = [voc.Sample(tmp_path / f'{i}.png', ('cell',), ((80, 0, 240, 160),), (False,)) for i in range(4)]
     pictures = []
     for score in (0.9, 0.2):
-        found(score)
+        found(score, scale=10)
         train_voc.draw_samples(train_voc.create_detector('hbonet_010', 64, 2), samples, args)
         with Image.open(tmp_path / 'detections.png') as image:
             pictures.append(np.asarray(image).astype(int))
-    tile, unit = train_voc.TILE, (train_voc.TILE - 4) / 64  # pixels drawn for one
+    tile, unit = train_voc.TILE, (train_voc.TILE - 4) / 640  # of the picture, for a pixel of an image
     lime, yellow = [(abs(pictures[0] - color) < 60).all(-1) for color in ((0, 255, 0), (255, 255, 0))]
-    for drawn, x, corners in ((lime, 0, (8, 0, 24, 16)), (yellow, tile, (8, 16, 40, 48))):
+    for drawn, x, corners in ((lime, 0, (80, 0, 240, 160)), (yellow, tile, (80, 160, 400, 480))):
         ys, xs = drawn[:tile, x:x + tile].nonzero()
-        assert (xs.min(), ys.min(), xs.max(), ys.max()) == pytest.approx(unit * np.array(corners), abs=6)
-    assert not (pictures[0][:tile, 2 * tile + 3 * tile // 4:3 * tile] < 255).all()  # wide ones keep their shape
+        assert (xs.min(), ys.min(), xs.max(), ys.max()) == pytest.approx([unit * v for v in corners], abs=3)
+    assert (pictures[0][tile * 3 // 4:tile, 2 * tile:] == 255).all()  # wide ones keep their shape
     note = (abs(pictures[1] - (255, 255, 0)) < 60).all(-1)[:tile, tile:2 * tile]
     assert note.any() and not note[tile // 4:].any()  # no box, but words above
 
