@@ -85,9 +85,7 @@ def read_split(folder: Path, errors: List[str]) -> List[Sample]:
         if match and path.name.isprintable():
             samples.append(Sample(path, int(match[1]), int(match[2])))
         elif not path.name.startswith('.') and path.name.lower() not in ('thumbs.db', 'desktop.ini'):
-            errors.append(
-                f'{path} is not named IDENTITY_cCAMERA, what you like after it, and .jpg, .jpeg or .png at the end, as '
-                f'0002_c1s1_000451_03.jpg. Rename or remove it.')
+            errors.append(f'{path} is not named IDENTITY_cCAMERA*.jpg or .png, as 0002_c1_7.jpg. Rename or remove it.')
     return samples
 
 
@@ -222,8 +220,7 @@ def draw_matches(rows: Sequence[Sequence[Tuple[Path, str, str]]], args: argparse
             image = image.resize([max(1, round(scale * length)) for length in image.size])
             picture.paste(ImageOps.expand(image, 3, color), (100 * x, 200 * y + 30))
             ImageDraw.Draw(picture).text((100 * x, 200 * y + 3), title, 'black')
-    content = io.BytesIO()
-    picture.save(content, format='PNG')
+    picture.save(content := io.BytesIO(), format='PNG')
     write_file(args.output_dir / 'matches.png', content.getvalue())
 
 
@@ -237,8 +234,8 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
             torch.cat(model(torch.zeros(2, 3, *args.image_size)), dim=1)  # each has a row for each image
     except Exception as e:  # each of timm's families has errors of its own
         raise BadInput(
-            f'--model {args.model} does not take --image-size {" ".join(map(str, args.image_size))}: {e} It is made for '
-            f'{backbone.pretrained_cfg["input_size"][1:]}.') from None
+            '--model {} does not take --image-size {} {}: {} It is made for {} {}.'.format(
+                args.model, *args.image_size, e, *backbone.pretrained_cfg['input_size'][1:])) from None
     return model.to(args.device)
 
 
@@ -302,7 +299,7 @@ def create_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.predict and not args.evaluate:
         parser.error('--predict takes a checkpoint by --evaluate FILE')
-    checkpoint, data = start_run(args, parser), {}
+    checkpoint = start_run(args, parser)
     if args.batch_size % args.images_per_identity or args.batch_size == args.images_per_identity:
         parser.error(
             f'--batch-size must be 2 or more times --images-per-identity {args.images_per_identity}, got '
@@ -312,8 +309,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise BadInput(f'{args.data} has no images ({", ".join(EXTENSIONS)}) to rank. Give another folder.')
     if args.predict:
         check_images([args.predict, *paths], [], args)
-    else:
-        data = read_data(args)
+    data = {} if args.predict else read_data(args)
     if args.evaluate:
         model = create_reid_model(args)
         restore(args.evaluate, model.backbone)
