@@ -8,4 +8,4 @@ if not is_model('hbonet_100'):
     from .hbonet import HBONet
 else:
     # a timm that ships the family keeps its own, and so does a reload
-    HBONet = model_entrypoint('hbonet_100').__globals__.get('HBONet')
+    HBONet = model_entrypoint('hbonet_100').__globals__.get('HBONet')  # type: ignore[assignment,misc]

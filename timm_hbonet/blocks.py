@@ -2,7 +2,7 @@
 import copy
 import math
 from functools import partial
-from typing import List
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, FrozenBatchNormAct2d, LayerType, SyncBatchNormAct
 from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.types import Device
 
 __all__ = ['AvgPool2dCeil', 'HarmoniousBottleneck', 'InvertedResidual', 'RepConvNormAct', 'SpatialExpansion']
 
@@ -62,8 +63,8 @@ class InvertedResidual(nn.Module):
             dilation: int = 1,
             act_layer: LayerType = nn.ReLU6,
             norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
@@ -97,9 +98,17 @@ class AvgPool2dCeil(nn.Module):
 class SpatialExpansion(nn.Module):
     """Expansion of a feature map by its rate, cropped to the size of the map that it is added to."""
 
-    def __init__(self, chs: int, rate: int, mode: str, norm_layer: LayerType, device=None, dtype=None):
+    def __init__(
+            self,
+            chs: int,
+            rate: int,
+            mode: str,
+            norm_layer: LayerType,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
+    ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.rate = rate
         self.conv = None
         if mode == 'deconv':
@@ -143,12 +152,12 @@ class HarmoniousBottleneck(nn.Module):
             spatial_expansion: str = 'nearest',
             act_layer: LayerType = nn.ReLU6,
             norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
+        conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         mid_chs = in_chs * exp_ratio
         self.half_chs = half_chs = out_chs // 2
         self.pass_chs = out_chs - half_chs

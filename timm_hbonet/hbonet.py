@@ -11,7 +11,7 @@ https://github.com/d-li14/HBONet
 import math
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
 from timm.utils import natural_key
+from torch.types import Device
 
 from .blocks import HarmoniousBottleneck, InvertedResidual, RepConvNormAct
 from .inference import HarmoniousStages
@@ -62,8 +63,8 @@ class HBONet(nn.Module):
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         """
         Args:
@@ -103,21 +104,21 @@ class HBONet(nn.Module):
         self.grad_checkpointing = False
 
         round_chs = partial(make_divisible, divisor=divisor)
-        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        kwargs: Dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         prev_chs = round_chs(32 * width)
         self.conv_stem = RepConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
 
         stages = []
         self.feature_info = []
-        rates = iter(rates)
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stage_rates = iter(rates)
+        drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         net_stride, dilation = 2, 1
         for stage_idx, (block_type, exp_ratio, chs, stride) in enumerate(_STAGE_CFG):
             if stride > 1:  # the last stage of each reduction is a feature
                 self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{stage_idx - 1}')]
-            rate = next(rates) if block_type == 'hbo' else 0
+            rate = next(stage_rates) if block_type == 'hbo' else 0
             out_chs = round_chs(chs * width)
-            blocks = []
+            blocks: List[nn.Module] = []
             for i in range(depths[stage_idx]):
                 block_stride, next_dilation = stride if i == 0 else 1, dilation
                 if net_stride * block_stride > output_stride:
@@ -135,10 +136,10 @@ class HBONet(nn.Module):
             stages += [nn.Sequential(*blocks)]
         self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{len(stages) - 1}')]
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
-        self.blocks = HarmoniousStages(*stages)
+        self.blocks: nn.Sequential = HarmoniousStages(*stages)
 
         self.num_features = round_chs(1600 * max(width, 1.0))
-        self.conv_head = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
+        self.conv_head: nn.Module = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
         self.global_pool, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -284,7 +285,7 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
                 f'should be.')
     names = dict(zip(theirs, ours, strict=True))
     for key in list(state_dict):
-        layer, _, tensor = key.rpartition('.')
+        layer, tensor = key.rpartition('.')[::2]
         state_dict[f'{names[layer]}.{tensor}' if layer in names else key] = state_dict.pop(key)
 
 

@@ -7,13 +7,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, TypeVar, Union
 from urllib.request import urlopen
 
 import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
 from timm import models
+
+ModelT = TypeVar('ModelT', bound=torch.nn.Module)
 
 _logger = logging.getLogger(__name__)
 # SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
@@ -40,7 +42,7 @@ GIT_BLOBS: Dict[str, str] = {
 }
 
 
-def build_model_with_cfg(model_cls: Callable, variant: str, pretrained: bool, **kwargs: Any) -> torch.nn.Module:
+def build_model_with_cfg(model_cls: Callable[..., ModelT], variant: str, pretrained: bool, **kwargs: Any) -> ModelT:
     """Build a model as timm's function does, the weights of a cfg as registered from where `find_weights` has them."""
     cfg = models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     name, sources = f'{cfg.architecture}.{cfg.tag}', ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
