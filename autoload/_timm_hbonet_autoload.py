@@ -5,7 +5,6 @@ from Python 3.15 on) and must not pay for the import of the package. `TIMM_HBONE
 """
 import os
 import sys
-from _thread import get_ident  # of threading, which start-up need not pay for
 
 
 def _register() -> None:
@@ -52,19 +51,18 @@ class _TimmFinder:
     And if it were removed, an import under way in another thread could skip the finder after it.
     """
 
-    def __init__(self):
-        self._threads = set()  # that ask the other finders
+    _asks_others = False  # one for all threads, of which Python lets one at a time ask finders
 
     def find_spec(self, name, path=None, target=None):
-        if name != 'timm' or name in sys.modules or get_ident() in self._threads:
+        if name != 'timm' or name in sys.modules or self._asks_others:
             return None
 
         from importlib.util import find_spec
-        self._threads.add(get_ident())
+        self._asks_others = True
         try:
             spec = find_spec(name)
         finally:
-            self._threads.remove(get_ident())
+            self._asks_others = False
 
         if hasattr(getattr(spec, 'loader', None), 'exec_module'):
             spec.loader = _TimmLoader(spec.loader)
