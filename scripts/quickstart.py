@@ -68,13 +68,8 @@ def load_splits() -> Tuple[Digits, Digits]:
 
 def create_eval_loader(model: torch.nn.Module, dataset: Dataset, device: torch.device) -> DataLoader:
     return timm.data.create_loader(
-        dataset,
-        batch_size=BATCH_SIZE,
-        num_workers=0,
-        persistent_workers=False,
-        device=device,
-        **timm.data.resolve_model_data_config(model),
-    )
+        dataset, batch_size=BATCH_SIZE, num_workers=0, persistent_workers=False, device=device,
+        **timm.data.resolve_model_data_config(model))
 
 
 @torch.inference_mode()
@@ -91,9 +86,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     create_output_dir(args)
     timm.utils.random_seed(args.seed)
     model = create_model(
-        'hbonet_035',
-        num_classes=10,
-        in_chans=INPUT_SIZE[0],
+        'hbonet_035', num_classes=10, in_chans=INPUT_SIZE[0],
         pretrained_cfg_overlay=dict(
             tag='digits', input_size=INPUT_SIZE, pool_size=None, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
     ).to(device)
@@ -126,34 +119,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def fit(
-        model: torch.nn.Module,
-        train_set: Dataset,
-        test_loader: DataLoader,
-        epochs: int,
-        device: torch.device,
+        model: torch.nn.Module, train_set: Dataset, test_loader: DataLoader, epochs: int, device: torch.device,
         checkpoint_dir: Path,
 ) -> None:
     loader = timm.data.create_loader(
-        train_set,
-        batch_size=BATCH_SIZE,
-        is_training=True,
-        scale=(0.7, 1.0),
+        train_set, batch_size=BATCH_SIZE, is_training=True, scale=(0.7, 1.0), color_jitter=0.,
         hflip=0.,  # a mirrored digit is another sign
-        color_jitter=0.,
-        num_workers=0,
-        persistent_workers=False,
-        device=device,
-        **timm.data.resolve_model_data_config(model),
-    )
+        num_workers=0, persistent_workers=False, device=device, **timm.data.resolve_model_data_config(model))
     optimizer = timm.optim.create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=5e-4)
     scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        num_epochs=epochs,
-        warmup_epochs=1,
-        warmup_lr=0.005,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
+        optimizer, num_epochs=epochs, warmup_epochs=1, warmup_lr=0.005, step_on_epochs=False,
+        updates_per_epoch=len(loader))
     checkpoint_dir.mkdir()
     saver = timm.utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(checkpoint_dir), max_history=1)
 
