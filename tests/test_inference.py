@@ -29,8 +29,8 @@ from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from timm_hbonet.blocks import InvertedResidual, SpatialExpansion
-from timm_hbonet.inference import InferenceExpansion, InferenceStages
+from timm_hbonet.blocks import InvertedResidual
+from timm_hbonet.inference import InferenceStages, add_expanded
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d)
 # one block a stage, which has all kinds of blocks
@@ -61,7 +61,7 @@ def test_architectures(name):
     # quantizers divide by the largest weight of an output channel
     convs = [m for m in graph.modules() if isinstance(m, nn.Conv2d)]
     assert all((m.weight.flatten(1).abs().amax(1) > 0).all() for m in convs)
-    convs = [m for m in graph.blocks[4].modules() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in graph.blocks[4].blocks.modules() if isinstance(m, nn.Conv2d)]
     assert all(m.in_channels % 8 == m.out_channels % 8 == 0 for m in convs)
 
 
@@ -154,7 +154,6 @@ def test_in_place_and_twice():
         blocks[7][1].conv_dw, SqueezeExcite(blocks[7][1].conv_dw.out_channels, dtype=torch.float64))), id='attention'),
     pytest.param(lambda blocks: blocks[3][1].__setattr__('conv_dw', nn.Sequential(
         blocks[3][1].conv_dw, SqueezeExcite(24, dtype=torch.float64))), id='attention in a bottleneck'),
-    pytest.param(lambda blocks: blocks[3][0].__setattr__('pool', nn.MaxPool2d(2, ceil_mode=True)), id='other pool'),
     pytest.param(lambda blocks: blocks[3][1].__setattr__('conv_dw_end', nn.Identity()), id='identity layer'),
     pytest.param(lambda blocks: blocks[3][1].conv_pwl.__setattr__(
         'conv', StdConv2d(24, 6, 1, bias=False, dtype=torch.float64)), id='other convolution'),
@@ -286,14 +285,19 @@ def test_exported_program_is_for_xnnpack(size):
     assert not [target for target in targets if any(name in target for name in ('.pad.', 'upsample', '.avg_pool2d'))]
 
 
+class Expansion(nn.Module):
+    def forward(self, x, shortcut, rate):
+        return add_expanded(x, shortcut, rate)
+
+
 @needs_program_export
 @pytest.mark.parametrize(
     'size, rate', [((8, 6), 2), ((7, 5), 2), ((1, 9), 2), ((8, 12), 4), ((57, 50), 8), ((3, 2), 8)])
 def test_expansion_in_a_program(size, rate):
     x, shortcut = images(2, 3, *(-(-s // rate) for s in size)), images(2, 3, *size)
-    expansion = InferenceExpansion(SpatialExpansion(3, rate, 'nearest', nn.BatchNorm2d), [0, 1, 2])
-    program = torch.export.export(expansion, (x, shortcut))
-    assert torch.equal(program.module()(x, shortcut), expansion(x, shortcut))
+    program = torch.export.export(Expansion(), (x, shortcut, rate))
+    expected = x.repeat_interleave(rate, 2).repeat_interleave(rate, 3)[:, :, :size[0], :size[1]] + shortcut
+    assert torch.equal(program.module()(x, shortcut, rate), expected)
     # Core ML has five dimensions at most
     assert max(node.meta['val'].ndim for node in program.graph.nodes if 'val' in node.meta
                and isinstance(node.meta['val'], torch.Tensor)) <= 5

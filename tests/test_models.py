@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_hbonet import HBONet
-from timm_hbonet.blocks import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual
+from timm_hbonet.blocks import HarmoniousBottleneck, InvertedResidual, avg_pool2d
 
 REDUCTIONS = [2, 4, 8, 16, 32]
 # of stages 2, 3, 4, 7 and 9
@@ -320,7 +320,7 @@ def test_spatial_expansion(rate, stride):
 def test_pooling_averages_the_pixels_that_there_are():
     x = torch.tensor([[[[1., 3., 5.], [5., 7., 9.], [2., 4., 8.]]]])
     expected = [[[[4., 7.], [3., 8.]]]]
-    for pool in (AvgPool2dCeil(), torch.jit.script(AvgPool2dCeil()), torch.fx.symbolic_trace(AvgPool2dCeil())):
+    for pool in (avg_pool2d, torch.jit.script(avg_pool2d), torch.fx.symbolic_trace(avg_pool2d)):
         assert pool(x).tolist() == expected
 
 
@@ -414,18 +414,23 @@ def test_onnx_of_dynamic_batch_and_size(exporter, tmp_path):
         assert_equal(logits, model(image).detach(), 40 * 10 * torch.finfo(torch.float32).eps)
 
 
+class Pool(nn.Module):
+    def forward(self, x):
+        return avg_pool2d(x)
+
+
 @needs_onnx_exporter
 @pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
 def test_onnx_pools_leave_no_room_for_doubt(exporter, tmp_path):
     """Runtimes differ in what they count at the edge of a pool with ceil_mode, but not in the pixels that there are."""
-    model, image, path = AvgPool2dCeil(), images(1, 2, 5, 7, dtype=torch.float32), str(tmp_path / 'model.onnx')
-    torch.onnx.export(model, (image,), path, input_names=['image'], dynamo=exporter == 'dynamo', verbose=False)
+    image, path = images(1, 2, 5, 7, dtype=torch.float32), str(tmp_path / 'model.onnx')
+    torch.onnx.export(Pool(), (image,), path, input_names=['image'], dynamo=exporter == 'dynamo', verbose=False)
     exported = onnx.load(path)
     pools = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in exported.graph.node
              if n.op_type == 'AveragePool']
     assert pools and all(p.get('count_include_pad', 0) == 0 for p in pools)
     for run in (ReferenceEvaluator(exported).run, onnxruntime.InferenceSession(path).run):
-        np.testing.assert_allclose(run(None, {'image': image.numpy()})[0], model(image).numpy(), rtol=1e-6)
+        np.testing.assert_allclose(run(None, {'image': image.numpy()})[0], avg_pool2d(image).numpy(), rtol=1e-6)
 
 
 def test_pickle_and_script():
@@ -442,7 +447,6 @@ def test_pickle_and_script():
     dict(rates=(2, 2)),
     dict(rates=(2, 2, 3, 2, 2)),
     dict(depths=(1,)),
-    dict(depths=(0, 1, 3, 4, 4, 1, 1, 2, 1)),
 ])
 def test_bad_argument_is_named(kwargs):
     (name, value), = kwargs.items()

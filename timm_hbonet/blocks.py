@@ -12,12 +12,21 @@ from torch.jit import Final
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.types import Device
 
-__all__ = ['AvgPool2dCeil', 'HarmoniousBottleneck', 'InvertedResidual', 'RepConvNormAct', 'SpatialExpansion']
+__all__ = ['HarmoniousBottleneck', 'InvertedResidual', 'RepConvNormAct', 'SpatialExpansion', 'avg_pool2d', 'is_open']
 
 
 def is_open(x: torch.Tensor) -> bool:
     """Whether `torch.export` or `torch.compile` leaves the height or width of a feature map open."""
     return isinstance(x.shape[-2], torch.SymInt) or isinstance(x.shape[-1], torch.SymInt)
+
+
+def avg_pool2d(x: torch.Tensor) -> torch.Tensor:
+    """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
+    if not torch.jit.is_scripting():
+        if is_open(x):
+            # ceil_mode would have an export prove that 2 * ((h - 1) // 2) < h. The pool drops what is too much.
+            return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
+    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 class RepConvNormAct(ConvNormAct):
@@ -26,23 +35,18 @@ class RepConvNormAct(ConvNormAct):
     def fuse(self) -> nn.Module:
         """Returns the convolution with the norm folded in, and the activation, or this if either is of another type."""
         norm = self.bn
-        # exact types: a subclass may compute anything, and a norm that torch put in place of timm's keeps an
-        # activation as a child which it does not call
-        if type(norm) in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d):
-            act = copy.deepcopy(norm.act)
-        elif type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            act = nn.Identity()
-        else:
-            return self
+        # a subclass may compute anything, and torch's norms in place of timm's keep an activation that is not called
+        has_act = type(norm) in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+        is_norm = has_act or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
         # pruning and weight normalization set the weight anew in each forward
         is_conv = type(self.conv) in (nn.Conv2d, nn.ConvTranspose2d) and 'weight' in self.conv._parameters
-        if not is_conv or norm.running_mean is None:
+        if not is_conv or not is_norm or norm.running_mean is None:
             return self
         conv = copy.deepcopy(self.conv)
         # a depthwise transposed convolution has its output channels first too
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        return nn.Sequential(conv, act)
+        return nn.Sequential(conv, copy.deepcopy(norm.act) if has_act else nn.Identity())
 
 
 class InvertedResidual(nn.Module):
@@ -84,17 +88,6 @@ class InvertedResidual(nn.Module):
         return x
 
 
-class AvgPool2dCeil(nn.Module):
-    """2x2 average pooling that rounds sizes up, as the strided convolutions do, of the pixels that there are."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if is_open(x):
-                # ceil_mode would have an export prove that 2 * ((h - 1) // 2) < h. The pool drops what is too much.
-                return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode='replicate'), 2)
-        return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-
-
 class SpatialExpansion(nn.Module):
     """Expansion of a feature map by its rate, cropped to the size of the map that it is added to."""
 
@@ -133,12 +126,12 @@ class HarmoniousBottleneck(nn.Module):
     """Harmonious bottleneck (HBO) block.
 
     Strided depthwise and pointwise convolutions contract the feature map by `rate` and expand its channels, then the
-    channels are contracted to half of the output and the feature map is expanded back. The other half of the output
-    are the last channels of the input. A block of stride 2 ends at half the size of its input, so that one of stride 2
-    and rate 2 has no spatial expansion.
+    channels are contracted to half of the output and the feature map is expanded back, to half the input's size in a
+    block of stride 2. The other half of the output are the last channels of the input.
 
     Paper: figure 2 of HBONet
     """
+    stride: Final[int]
     has_skip: Final[bool]
 
     def __init__(
@@ -159,6 +152,7 @@ class HarmoniousBottleneck(nn.Module):
         dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         conv = partial(RepConvNormAct, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         mid_chs = in_chs * exp_ratio
+        self.stride = stride
         self.half_chs = half_chs = out_chs // 2
         self.pass_chs = out_chs - half_chs
         self.same_chs = in_chs == out_chs
@@ -181,14 +175,13 @@ class HarmoniousBottleneck(nn.Module):
         self.conv_pwl = conv(mid_chs, half_chs, 1, apply_act=False)
 
         # Spatial expansion
-        self.pool = AvgPool2dCeil() if stride == 2 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
         if self.has_skip:
             self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer, **dd)
             self.conv_dw_end = conv(half_chs, half_chs, 5, groups=half_chs, apply_act=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.pool(x)
+        shortcut = avg_pool2d(x) if self.stride == 2 else x
         if self.same_chs:
             # its gradient is one concatenation, those of slices are added up: in channels_last, training is 1.14 times
             # as fast with AVX-512, 1.05 times with PyTorch held to AVX2

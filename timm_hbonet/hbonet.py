@@ -83,20 +83,16 @@ class HBONet(nn.Module):
             drop_path_rate: Stochastic depth rate of the last block, blocks with a shortcut have it from 0 upwards.
 
         Raises:
-            ValueError: If `depths`, `rates`, `spatial_expansion` or `output_stride` is not as above, or a width has no
-                halves.
+            ValueError: If `depths`, `rates`, `spatial_expansion` or `output_stride` is not as above, or no half fits.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        for name, value, is_allowed, allowed in (
-                ('depths', depths, len(depths) == 9 and min(depths) >= 1, '9 numbers of at least 1'),
-                ('rates', rates, len(rates) == 5 and set(rates) <= {2, 4, 8}, '5 numbers out of 2, 4 and 8'),
-                ('spatial_expansion', spatial_expansion, spatial_expansion in ('nearest', 'deconv'),
-                    "'nearest' or 'deconv'"),
-                ('output_stride', output_stride, output_stride in (16, 32), '16 or 32'),
-        ):
-            if not is_allowed:
-                raise ValueError(f'`{name}` must be {allowed}, got {value!r}.')
+        if len(depths) != 9 or len(rates) != 5 or not set(rates) <= {2, 4, 8}:
+            raise ValueError(f'`depths` must be 9 numbers, `rates` 5 out of 2, 4 and 8, got {depths} and {rates}.')
+        if spatial_expansion not in ('nearest', 'deconv'):
+            raise ValueError(f"`spatial_expansion` must be 'nearest' or 'deconv', got {spatial_expansion!r}.")
+        if output_stride not in (16, 32):
+            raise ValueError(f'`output_stride` must be 16 or 32, got {output_stride!r}.')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -202,14 +198,12 @@ class HBONet(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         take_indices = [self.stage_ends[i] for i in take_indices]
-        max_index = self.stage_ends[max_index]
-        last_idx = self.stage_ends[-1]
 
         x = self.conv_stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
-            blocks = self.blocks[:max_index + 1]
+            blocks = self.blocks[:self.stage_ends[max_index] + 1]
         for feat_idx, stage in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
@@ -220,10 +214,8 @@ class HBONet(nn.Module):
 
         if intermediates_only:
             return intermediates
-
-        if feat_idx == last_idx:
+        if feat_idx == self.stage_ends[-1]:
             x = self.conv_head(x)
-
         return x, intermediates
 
     def prune_intermediate_layers(
@@ -234,14 +226,11 @@ class HBONet(nn.Module):
     ) -> List[int]:
         """Prune layers not required for specified intermediates."""
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
-        num_chs = self.feature_info[max_index]['num_chs']
-        max_index = self.stage_ends[max_index]
-        prune_end = prune_norm or prune_head or max_index < len(self.blocks) - 1
-        del self.blocks[max_index + 1:]
-        if prune_end:
+        del self.blocks[self.stage_ends[max_index] + 1:]
+        if prune_norm or prune_head or max_index < len(self.stage_ends) - 1:
             # features now end at the last kept tap, the head is sized for the final features so it goes too
+            self.num_features = self.feature_info[max_index]['num_chs']
             self.conv_head = nn.Identity()
-            self.num_features = num_chs
             self.reset_classifier(0, '')
         return take_indices
 
@@ -272,17 +261,15 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
     features, head = f'{prefix}features.', f'{prefix}conv.'
     theirs = {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))}
     theirs = sorted(theirs, key=lambda k: (k.startswith(head), natural_key(k)))
-    ours = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, RepConvNormAct)]
-    ours = [f'{k}.{layer}' for k in ours for layer in ('conv', 'bn')]
+    layers = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, RepConvNormAct)]
+    ours = [f'{k}.{module}' for k in layers for module in ('conv', 'bn')]
     if isinstance(model.conv_head, nn.Identity):  # pruned to its first layers
         del theirs[len(ours):]
     tensors = {**state_dict, **model.state_dict(prefix=prefix)}
-    kernels = {k: v.shape[2:] for k, v in tensors.items() if k.endswith('.weight')}
-    for found, expected in zip_longest(theirs, ours):
-        if kernels.get(f'{found}.weight') != kernels.get(f'{expected}.weight'):
-            raise RuntimeError(
-                f'The checkpoint is of another network: it has {found or "nothing"} where {expected or "nothing"} '
-                f'should be.')
+    kernels = {k.removesuffix('.weight'): v.shape[2:] for k, v in tensors.items() if k.endswith('.weight')}
+    for found, expected in zip_longest(theirs, ours, fillvalue='nothing'):
+        if kernels.get(found) != kernels.get(expected):
+            raise RuntimeError(f'The checkpoint is of another network: it has {found} where {expected} should be.')
     names = dict(zip(theirs, ours, strict=True))
     for key in list(state_dict):
         layer, tensor = key.rpartition('.')[::2]
@@ -339,76 +326,64 @@ def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBO
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         HBONet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
         **kwargs,
     )
-    return model
 
 
 @register_model
 def hbonet_100(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=1.0)
-    return _create_hbonet('hbonet_100', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_100', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_080(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.8)
-    return _create_hbonet('hbonet_080', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_080', width=0.8, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_060(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.6)
-    return _create_hbonet('hbonet_060', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_060', width=0.6, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_050(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.5, divisor=2)
-    return _create_hbonet('hbonet_050', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_050', width=0.5, divisor=2, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_035(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.35)
-    return _create_hbonet('hbonet_035', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_035', width=0.35, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_025(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.25, divisor=2)
-    return _create_hbonet('hbonet_025', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_025', width=0.25, divisor=2, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_010(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.1, divisor=4)
-    return _create_hbonet('hbonet_010', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_010', width=0.1, divisor=4, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_050_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.5)
-    return _create_hbonet('hbonet_050_d8', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_050_d8', width=0.5, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_025_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.25)
-    return _create_hbonet('hbonet_025_d8', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_025_d8', width=0.25, pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_025_4x_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.25, rates=(4, 4, 4, 2, 2))
-    return _create_hbonet('hbonet_025_4x_d8', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_025_4x_d8', width=0.25, rates=(4, 4, 4, 2, 2), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hbonet_025_8x_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    model_args = dict(width=0.25, rates=(8, 8, 4, 2, 2))
-    return _create_hbonet('hbonet_025_8x_d8', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_hbonet('hbonet_025_8x_d8', width=0.25, rates=(8, 8, 4, 2, 2), pretrained=pretrained, **kwargs)

@@ -1,36 +1,33 @@
 """The stages of HBONet, and the graph for inference that `timm.utils.reparameterize_model` makes of them.
 
-The graph computes what the stages compute in eval mode, with norms folded. The halves of a feature map, channels passed
-through and channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and
-concatenations only where it is contracted. Channels are padded to a multiple that blocked kernels like: a layout, fixed
-when the graph is made, tells which channel is in each place of a tensor. At the graph's ends, and of each stage that is
-called by itself, channels are in the network's own order and number.
+It computes what they compute in eval mode, with norms folded. The halves of a feature map, channels passed through and
+channels computed, are two tensors from the first harmonious bottleneck to the last: no slices, and concatenations only
+where it is contracted. A layout, fixed when the graph is made, tells which channel is in each place of a tensor. At the
+ends of the graph, and of a stage that is called by itself, channels are in the network's own order and number.
 """
 from itertools import cycle, islice
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath
 from torch.jit import Final
 
-from .blocks import AvgPool2dCeil, HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion, is_open
+from .blocks import HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion, avg_pool2d, is_open
 
 __all__ = ['HarmoniousStages', 'InferenceStages']
 
 # The channel in each place of a tensor. Of its places the first is read, others make up the multiple. -1 is not read.
 Layout = List[int]
-Slices = Optional[List[Tuple[int, int]]]
 
 # Faster than 1, 4 and 16 with AVX2. With AVX-512, ONNX Runtime's blocks have 16, and 8 is as fast.
 CHANNEL_MULTIPLE = 8
 
 
 def exports_program(x: torch.Tensor) -> bool:
-    """Whether `torch.export` records this call, not for ONNX, with known sizes. PyTorch before 2.7 does not tell.
+    """Whether `torch.export` records this call with known sizes, not for ONNX. PyTorch before 2.7 does not tell.
 
-    Then operators are taken that XNNPACK has, the kernels of ExecuTorch and LiteRT on phones, so that the network stays
-    in one delegate there. No `F.pad`: to quantizers of PT2E it is no operator that keeps its input's range.
+    Then operators are taken that XNNPACK has, the kernels of ExecuTorch and LiteRT, and keep ranges when quantized.
     """
     is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
     return is_exporting() and not torch.onnx.is_in_onnx_export() and not is_open(x)
@@ -45,25 +42,25 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return x
 
 
+def add_expanded(x: torch.Tensor, shortcut: torch.Tensor, rate: int) -> torch.Tensor:
+    """Add a map, expanded by nearest upsampling, to one of up to `rate` times its size, without upsampling.
+
+    Each pixel is added to the `rate` x `rate` ones that it is nearest to. Channels last, as XNNPACK stores maps, all
+    but the sum are views. Batch and height share a dimension: Core ML has five at most.
+    """
+    (height, width), (chs, h, w) = shortcut.shape[-2:], x.shape[1:]
+    shortcut = pad_to_multiple(shortcut, rate).permute(0, 2, 3, 1).reshape(-1, rate, w, rate, chs)
+    x = shortcut + x.permute(0, 2, 3, 1).reshape(-1, 1, w, 1, chs)
+    x = x.reshape(-1, h * rate, w * rate, chs).permute(0, 3, 1, 2)
+    return x if (h * rate, w * rate) == (height, width) else x[:, :, :height, :width]
+
+
 def _pad(channels: Sequence[int], multiple: int = CHANNEL_MULTIPLE) -> Layout:
     return [*channels, *islice(cycle(channels), -len(channels) % multiple)]
 
 
 def _join(parts: List[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def _find_slices(layout: Layout, channels: Sequence[int]) -> Slices:
-    """Slices of a tensor that have channels in order, None for all of it."""
-    places = [layout.index(c) for c in channels]
-    ends = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1] + [len(places)]
-    slices = [(places[i], places[j - 1] + 1) for i, j in zip([0, *ends], ends, strict=False)]
-    return None if slices == [(0, len(layout))] else slices
-
-
-def _take(x: torch.Tensor, slices: Slices) -> torch.Tensor:
-    """Take slices of channels, in the memory format of the input."""
-    return x if slices is None else torch.cat([x[:, start:end] for start, end in slices], dim=1)
 
 
 def _lay_out(layers: Sequence[RepConvNormAct], in_layout: Layout, out_layout: Optional[Layout] = None) -> nn.Sequential:
@@ -88,10 +85,13 @@ def _lay_out(layers: Sequence[RepConvNormAct], in_layout: Layout, out_layout: Op
     return nn.Sequential(*(m for m in modules if not isinstance(m, nn.Identity)))
 
 
-def _create_conv(weight: torch.Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    out_chs, in_chs, kernel_size = weight.shape[0], weight.shape[1] * groups, weight.shape[2]
-    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, groups=groups, bias=False, device='meta')
-    conv.weight = nn.Parameter(weight, requires_grad=False)
+def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
+    """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
+    if in_layout == out_layout:
+        return nn.Identity()
+    conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
+    places = [in_layout.index(c) for c in out_layout]
+    conv.weight = nn.Parameter(torch.eye(len(in_layout)).to(like)[places, :, None, None], requires_grad=False)
     return conv
 
 
@@ -100,8 +100,8 @@ class InferencePool(nn.Module):
 
     def __init__(self, chs: int, like: torch.Tensor):
         super().__init__()
-        self.pool = AvgPool2dCeil()
-        self.conv = _create_conv(like.new_full((chs, 1, 2, 2), 0.25), stride=2, groups=chs)
+        self.conv = nn.Conv2d(chs, chs, 2, 2, groups=chs, bias=False, device='meta')
+        self.conv.weight = nn.Parameter(like.new_full((chs, 1, 2, 2), 0.25), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2], x.shape[-1]
@@ -111,29 +111,7 @@ class InferencePool(nn.Module):
         if not torch.jit.is_scripting():
             if exports_program(x):
                 return self.conv(pad_to_multiple(x, 2))
-        return self.pool(x)
-
-
-class InferenceExpansion(nn.Module):
-    """Spatial expansion of a feature map that is added to another, of up to `rate` times its size."""
-
-    def __init__(self, expand: SpatialExpansion, layout: Layout):
-        super().__init__()
-        self.expand = SpatialExpansion(len(layout), expand.rate, 'nearest', nn.Identity)
-        if expand.conv is not None:
-            self.expand.conv = _lay_out([expand.conv], layout)
-
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if exports_program(x) and self.expand.conv is None:
-                # Each pixel is added to the `rate` x `rate` ones that it is nearest to. Channels last, as XNNPACK
-                # stores maps, all but the sum are views. Batch and height share a dimension: Core ML has five at most.
-                rate, (height, width), (chs, h, w) = self.expand.rate, shortcut.shape[-2:], x.shape[1:]
-                shortcut = pad_to_multiple(shortcut, rate).permute(0, 2, 3, 1).reshape(-1, rate, w, rate, chs)
-                x = shortcut + x.permute(0, 2, 3, 1).reshape(-1, 1, w, 1, chs)
-                x = x.reshape(-1, h * rate, w * rate, chs).permute(0, 3, 1, 2)
-                return x if (h * rate, w * rate) == (height, width) else x[:, :, :height, :width]
-        return self.expand(x, shortcut.shape[-2:]) + shortcut
+        return avg_pool2d(x)
 
 
 class InferenceConvs(nn.Module):
@@ -168,25 +146,22 @@ class InferenceBottleneck(nn.Module):
         whole = added_layout = passed_layout = sum(in_layouts, [])
         self.has_skip, self.out_chs = block.has_skip, half_chs + pass_chs
         self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
-        self.select_added = self.select_passed = nn.Identity()
         if self.keeps_parts:
             added_layout, passed_layout = in_layouts
         elif selects and pass_chs < in_chs:
-            # blocked kernels are better at a pointwise convolution than at slices
             added_layout, passed_layout = _pad(added), _pad(passed)
-            one_hot = torch.eye(len(whole)).to(like)[:, :, None, None]
-            self.select_passed = _create_conv(one_hot[[whole.index(c) for c in passed_layout]])
-            if self.has_skip:
-                self.select_added = _create_conv(one_hot[[whole.index(c) for c in added_layout]])
+        self.select_added = _select(whole, whole if self.keeps_parts or not self.has_skip else added_layout, like)
+        self.select_passed = _select(whole, whole if self.keeps_parts else passed_layout, like)
 
         self.conv_dws = nn.ModuleList([_lay_out([conv_dw1], layout) for layout in in_layouts])
         computed_layout = added_layout if self.has_skip else _pad(added)
         self.convs = _lay_out(layers, whole, computed_layout)
         self.pools = nn.ModuleList([
-            InferencePool(len(layout), like) if isinstance(block.pool, AvgPool2dCeil) else nn.Identity()
-            for layout in in_layouts])
+            InferencePool(len(layout), like) if block.stride == 2 else nn.Identity() for layout in in_layouts])
         if self.has_skip:
-            self.expand = InferenceExpansion(block.expand, computed_layout)
+            self.expand = SpatialExpansion(len(computed_layout), block.expand.rate, 'nearest', nn.Identity)
+            if block.expand.conv is not None:
+                self.expand.conv = _lay_out([block.expand.conv], computed_layout)
             self.conv_dw_end = _lay_out([block.conv_dw_end], computed_layout)
         self.out_layouts = [
             [passed.index(c) if c in passed else -1 for c in passed_layout],
@@ -207,31 +182,39 @@ class InferenceBottleneck(nn.Module):
             whole = _join(pooled)
             added, passed = self.select_added(whole), self.select_passed(whole)
         if self.has_skip:
-            x = self.conv_dw_end(self.expand(x, added))
+            x = self.conv_dw_end(self.add_expanded(x, added))
         return [passed, x]
 
+    def add_expanded(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if exports_program(x) and self.expand.conv is None:
+                return add_expanded(x, shortcut, self.expand.rate)
+        return self.expand(x, shortcut.shape[-2:]) + shortcut
 
-class InferenceStage(nn.Sequential):
+
+class InferenceStage(nn.Module):
     """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
 
-    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout], in_chs: int):
-        super().__init__(*blocks)
-        self.in_slices = [_find_slices(list(range(in_chs)), [c % in_chs for c in layout]) for layout in in_layouts]
-        self.out_slices = _find_slices(sum(blocks[-1].out_layouts, []), range(blocks[-1].out_chs))
-
-    def split(self, x: torch.Tensor) -> List[torch.Tensor]:
-        return [_take(x, slices) for slices in self.in_slices]
+    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout], in_chs: int, like: torch.Tensor):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        channels = list(range(in_chs))
+        self.select_parts = nn.ModuleList([_select(channels, [c % in_chs for c in p], like) for p in in_layouts])
+        self.select_whole = _select(sum(blocks[-1].out_layouts, []), list(range(blocks[-1].out_chs)), like)
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
-        for block in self:
+        for block in self.blocks:
             parts = block.run(parts)
         return parts
 
-    def join(self, parts: List[torch.Tensor]) -> torch.Tensor:
-        return _take(_join(parts), self.out_slices)
+    def split(self, x: torch.Tensor) -> List[torch.Tensor]:
+        parts: List[torch.Tensor] = []
+        for select in self.select_parts:
+            parts.append(select(x))
+        return parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(self.run(self.split(x)))
+        return self.select_whole(_join(self.run(self.split(x))))
 
 
 class InferenceStages(nn.Sequential):
@@ -241,19 +224,18 @@ class InferenceStages(nn.Sequential):
         parts = self[0].split(x)
         for stage in self:
             parts = stage.run(parts)
-        return self[-1].join(parts)
+        return self[-1].select_whole(_join(parts))
 
 
 def _can_lay_out(block: nn.Module) -> bool:
     """Whether a block is one of HBONet's that nobody has edited, with norms that can be folded."""
-    types = (HarmoniousBottleneck, InvertedResidual, nn.Sequential, AvgPool2dCeil, DropPath, SpatialExpansion)
     layers = [
         m for m in block.modules() if type(m) is RepConvNormAct and m.fuse() is not m
         and m.conv.groups == (1 if m.conv.kernel_size == (1, 1) else m.in_channels)]
-    known = {m for layer in layers for m in layer.modules()} | {m for m in block.modules() if type(m) in types}
-    optional = ('conv_pw', 'drop_path', 'pool')
+    known = {m for layer in layers for m in layer.modules()}
     return type(block) in (HarmoniousBottleneck, InvertedResidual, RepConvNormAct) and all(
-        m in known or (type(m) is nn.Identity and name in optional) for name, m in block.named_modules())
+        m in known or m is block or type(m) in (nn.Sequential, DropPath, SpatialExpansion)
+        or (type(m) is nn.Identity and name in ('conv_pw', 'drop_path')) for name, m in block.named_modules())
 
 
 class HarmoniousStages(nn.Sequential):
@@ -263,8 +245,8 @@ class HarmoniousStages(nn.Sequential):
         """Returns the graph, or these stages if a block is not as HBONet makes it, or a norm is none to fold."""
         if not all(type(stage) is nn.Sequential and len(stage) and all(map(_can_lay_out, stage)) for stage in self):
             return self
-        in_chs = next(m.in_channels for m in self.modules() if isinstance(m, RepConvNormAct))
-        layouts, inference_stages = [list(range(in_chs))], []
+        conv = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
+        in_chs, layouts, inference_stages = conv.in_channels, [list(range(conv.in_channels))], []
         for stage in self:
             in_layouts, blocks = layouts, []
             for block in stage:
@@ -274,6 +256,6 @@ class HarmoniousStages(nn.Sequential):
                 else:
                     blocks.append(InferenceConvs(block, layouts, 1 if block is self[-1][-1] else CHANNEL_MULTIPLE))
                 layouts = blocks[-1].out_layouts
-            inference_stages.append(InferenceStage(blocks, in_layouts, in_chs))
+            inference_stages.append(InferenceStage(blocks, in_layouts, in_chs, conv.weight))
             in_chs = blocks[-1].out_chs
         return InferenceStages(*inference_stages).eval()
