@@ -43,32 +43,28 @@ import random
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # read as torch is imported: its profiler is to write no log
 
 import timm
-import timm.utils
 import torch
-from runtimes import check_logits, profile_onnxruntime
-from runtimes_int8 import ALL_RUNTIMES
+from runtimes import MODES, Candidate, check_logits, describe_error, profile_onnxruntime
+from script_utils import BadInput, check_interrupt, device, number, requirements, run_script, write_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_hbonet.hbonet import checkpoint_filter_fn
 
-try:
+with requirements():
     import pandas as pd
-    from benchmark_report import TIMES, replace_file, write_report
+    from benchmark_report import TIMES, write_report
     from tqdm import tqdm
-except ModuleNotFoundError as e:
-    sys.exit(f"benchmark.py needs {e.name}, which is not installed. Run: pip install -e '.[scripts]'")
 
 # top-1 in percent at 224 x 224, from timm's results/results-imagenet.csv
 PEERS = {
@@ -82,38 +78,19 @@ TOP1 = {**PEERS, **_PUBLISHED['top1'].filter(like='.in1k').to_dict()}
 MODELS = ['hbonet_*', *(name.split('.')[0] for name in PEERS)]
 IMAGE_SIZE = 224
 MATMUL_SIZE = {'cpu': 2048, 'cuda': 8192}
-GROWTH_MODELS = ('hbonet_100', 'mobilenetv2_100', 'mobilenetv3_large_100')
+GROWTH_MODELS = ('hbonet_100', 'hbonet_050', 'mobilenetv2_100')
 GROWTH_SHAPES = (  # batch size, image size
     *((n, IMAGE_SIZE) for n in (1, 2, 4, 8, 16, 32, 64, 128)), *((1, n) for n in (96, 128, 160, 320, 448, 640)))
 QUICK = dict(
     models=['hbonet_100', 'mobilenetv2_100'], modes=['eager', 'channels_last', 'reparam', 'onnxruntime'],
     batch_sizes=[1, 4], rounds=5, growth=False)
+TRAINING = {'train': torch.contiguous_format, 'train_channels_last': torch.channels_last}
+MATMUL = {'float32': torch.float32, 'float16': torch.float16}
 
 
-def prepare(network: nn.Module, images: torch.Tensor, channels_last: bool, reparameterize: bool = False) -> Tuple:
-    network = (timm.utils.reparameterize_model if reparameterize else copy.deepcopy)(network).to(images.device)
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
-    return network.to(memory_format=memory_format), images.to(memory_format=memory_format)
-
-
-def infer(
-        network: nn.Module, images: torch.Tensor, threads: int, channels_last: bool = True,
-        reparameterize: bool = False, autocast: bool = False, compiler_options: Optional[Dict] = None,
-) -> Callable[[], Any]:
-    network, images = prepare(network, images, channels_last, reparameterize)
-    if compiler_options is not None:
-        torch._dynamo.config.recompile_limit = 1000  # models of one class share the limit
-        network = torch.compile(network, fullgraph=True, dynamic=False, options=compiler_options)
-
-    def call() -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(images.device.type, torch.float16, enabled=autocast):
-            return network(images)
-
-    return call
-
-
-def train(network: nn.Module, images: torch.Tensor, threads: int, channels_last: bool = False) -> Callable[[], Any]:
-    network, images = prepare(network, images, channels_last)
+def create_training_step(network: nn.Module, images: torch.Tensor, memory_format: torch.memory_format) -> Callable:
+    network = copy.deepcopy(network).to(images.device, memory_format=memory_format)
+    images = images.to(memory_format=memory_format)
     labels = torch.randint(network(images[:1]).shape[1], (len(images),), device=images.device)
     optimizer = torch.optim.SGD(network.train().parameters(), lr=1e-3, momentum=0.9)
 
@@ -123,28 +100,6 @@ def train(network: nn.Module, images: torch.Tensor, threads: int, channels_last:
         optimizer.zero_grad()
 
     return step
-
-
-def multiply(network: None, images: torch.Tensor, threads: int, dtype: torch.dtype) -> Callable[[], Any]:
-    size = MATMUL_SIZE[images.device.type]
-    a, b = torch.randn(2, size, size, device=images.device, dtype=dtype)
-    return lambda: torch.mm(a, b)
-
-
-# a mode is a runtime, or a function of network, images and number of threads that returns the call to time
-PYTORCH = {
-    'eager': functools.partial(infer, channels_last=False),
-    'channels_last': infer,
-    'reparam': functools.partial(infer, reparameterize=True),
-    'compiled': functools.partial(infer, reparameterize=True, compiler_options={}),
-    'compiled_freezing': functools.partial(infer, reparameterize=True, compiler_options={'freezing': True}),
-}
-AMP = {f'{name}_amp': functools.partial(PYTORCH[name], autocast=True) for name in ('eager', 'channels_last', 'reparam')}
-TRAINING = {'train': train, 'train_channels_last': functools.partial(train, channels_last=True)}
-MODES = {'cpu': {**PYTORCH, **ALL_RUNTIMES, **TRAINING}, 'cuda': {**PYTORCH, **AMP, **TRAINING}}
-# slow to compile or to export
-ON_REQUEST = ('compiled_freezing', *(name for name in ALL_RUNTIMES if name not in ('onnxruntime', 'openvino')))
-MATMUL = {name: functools.partial(multiply, dtype=getattr(torch, name)) for name in ('float32', 'float16')}
 
 
 @functools.lru_cache(maxsize=None)
@@ -172,43 +127,41 @@ def measure_peak_memory(call: Callable[[], Any], device: str) -> int:
 
 
 @dataclass
-class Candidate:
-    """A network in a mode, or the matrix product ('matmul') in a precision."""
-    model: str
-    network: Optional[nn.Module]
-    mode: str
-    batch_size: int
+class Shaped(Candidate):
+    """A candidate for images of a shape. It trains too, and without a network it is the matrix product ('matmul')."""
+    batch_size: int = 1
     image_size: int = IMAGE_SIZE
-    seconds: List[float] = field(default_factory=list)
+    images: Optional[torch.Tensor] = None
     peak_memory: float = math.nan
-    file_bytes: float = math.nan
     profile: Optional[Dict[str, List[float]]] = None
-    error: Optional[str] = None
 
-    def attempt(self, action: Callable[..., None], *args: Any) -> None:
-        """Do something unless an earlier action failed. Whatever fails, the other candidates go on."""
-        try:
-            if not self.error:
-                action(*args)
-        except Exception as e:
-            self.error = describe_error(e)
-
-    def build(self, device: str, threads: int) -> None:
+    def prepare(self, device: str, threads: int) -> None:
         self.images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
-        if self.mode in ALL_RUNTIMES:
-            self.call, self.file_bytes = ALL_RUNTIMES[self.mode].build(self.network, self.images, threads)
+        if not self.network:
+            a, b = torch.randn(2, *2 * [MATMUL_SIZE[device]], device=device, dtype=MATMUL[self.mode])
+            self.predict = lambda images: torch.mm(a, b)
+            self.predict(None)
             return
-        self.call = {**MODES[device], **MATMUL}[self.mode](self.network, self.images, threads)
-        self.call()
-        if self.network:
-            self.peak_memory = measure_peak_memory(self.call, device)
+        if self.mode in TRAINING:
+            step = create_training_step(self.network, self.images, TRAINING[self.mode])
+            self.predict = lambda images: step()
+            self.predict(None)
+        else:
+            self.build(self.images, threads, self.images)
+            mode = MODES[self.mode]
+            if mode.channels_last:
+                self.images = self.images.to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                if mode.packages:
+                    logits = torch.as_tensor(self.predict(self.images))
+                    check_logits(logits, self.network(self.images), mode.tolerance)
+                    return
+        self.peak_memory = measure_peak_memory(functools.partial(self.predict, self.images), device)
 
-    def time(self) -> None:
+    def measure(self) -> None:
         if self.mode not in TRAINING:
-            self.call()
-        start = timer()  # which waits for CUDA
-        self.call()
-        self.seconds.append(timer() - start)
+            self.predict(self.images)
+        self.time(self.images)
 
     def profile_runtime(self, threads: int) -> None:
         if self.mode == 'onnxruntime':
@@ -225,25 +178,24 @@ class Candidate:
             peak_memory_bytes=self.peak_memory, file_bytes=self.file_bytes, error=self.error)
 
 
-def run(part: str, candidates: List[Candidate], args: argparse.Namespace) -> List[Dict[str, Any]]:
+def run(part: str, candidates: List[Shaped], args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Time candidates and the matrix product in turn, and return a row of results each."""
-    precisions = list(MATMUL) if any(c.mode in AMP for c in candidates) else ['float32']
-    everyone = [*(Candidate('matmul', None, name, candidates[0].batch_size) for name in precisions), *candidates]
+    precisions = list(MATMUL) if any(c.mode.endswith('_amp') for c in candidates) else ['float32']
+    size = candidates[0].batch_size
+    everyone = [*(Shaped('matmul', None, name, batch_size=size) for name in precisions), *candidates]
     for candidate in tqdm(everyone, desc=f'{part}, building', unit='candidate'):
-        candidate.attempt(candidate.build, args.device, args.threads)
+        check_interrupt()
+        candidate.attempt(candidate.prepare, args.device, args.threads)
     order = random.Random(0)
     for _ in tqdm(range(args.rounds), desc=f'{part}, timing', unit='round'):
+        check_interrupt()
         for candidate in order.sample(everyone, len(everyone)):
-            candidate.attempt(candidate.time)
+            candidate.attempt(candidate.measure)
     for candidate in everyone:
         candidate.attempt(candidate.profile_runtime, args.threads)
-        candidate.call = candidate.images = None
+        candidate.predict = candidate.images = None
     torch.compiler.reset()
     return [candidate.summarize(part, args.device) for candidate in everyone]
-
-
-def describe_error(error: Exception) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
 def create_network(create: Callable[[], nn.Module]) -> nn.Module:
@@ -272,9 +224,28 @@ def create_reference(path: Path, name: str, network: nn.Module) -> nn.Module:
     return reference
 
 
+def create_networks(args: argparse.Namespace) -> Dict[str, nn.Module]:
+    networks = {}
+    for name in tqdm(dict.fromkeys([*args.models, *(GROWTH_MODELS if args.growth else ())]), desc='Creating networks'):
+        check_interrupt()
+        try:
+            networks[name] = create_network(functools.partial(timm.create_model, name))
+        except Exception as e:  # timm's, and those of networks for other images
+            raise BadInput(
+                f'--models {name} cannot run on images of {IMAGE_SIZE} x {IMAGE_SIZE}. {describe_error(e)}') from None
+        if args.reference and re.fullmatch(r'hbonet_\d{3}', name):
+            try:
+                networks[f'authors_{name[-3:]}'] = create_reference(args.reference, name, networks[name])
+            except Exception as e:  # whatever a foreign file does
+                raise BadInput(
+                    f'--reference {args.reference} is not the code of {name}, with a class HBONet(width_mult). '
+                    f'{describe_error(e)}') from None
+    return networks
+
+
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     capabilities = dict(getattr(torch.cpu, 'get_capabilities', dict)())  # not in older versions of torch
-    needed = (package.lower() for runtime in ALL_RUNTIMES.values() for package in runtime.packages)
+    needed = (package.lower() for mode in MODES.values() for package in mode.packages)
     packages = {'torch', 'timm', 'timm_hbonet', *needed}
     return dict(
         gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,
@@ -294,11 +265,11 @@ def measure(networks: Dict[str, nn.Module], args: argparse.Namespace) -> Dict[st
     candidates = {}
     for training, n in (*((False, n) for n in args.batch_sizes), (True, args.train_batch_size)):
         candidates[f'{"training, " * training}batch size {n}'] = [
-            Candidate(name, networks[name], mode, n)
+            Shaped(name, networks[name], mode, batch_size=n)
             for mode in args.modes if (mode in TRAINING) == training for name in names]
     candidates['growth'] = [
-        Candidate(name, networks[name], 'reparam', *shape)
-        for name in GROWTH_MODELS if args.growth for shape in GROWTH_SHAPES]
+        Shaped(name, networks[name], 'reparam', batch_size=n, image_size=size)
+        for name in GROWTH_MODELS if args.growth for n, size in GROWTH_SHAPES]
     rows = [row for part, chosen in candidates.items() if chosen for row in run(part, chosen, args)]
     return dict(
         machine=describe_machine(args),
@@ -308,89 +279,72 @@ def measure(networks: Dict[str, nn.Module], args: argparse.Namespace) -> Dict[st
         profiles={part: {c.model: c.profile for c in chosen if c.profile} for part, chosen in candidates.items()})
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    parser.add_argument('output', type=Path, metavar='OUTPUT_FOLDER', help='folder for the results')
-    parser.add_argument('--models', nargs='+', metavar='NAME', default=MODELS, help='names or wildcards')
-    parser.add_argument('--modes', nargs='+', metavar='MODE', help=f'all but {", ".join(ON_REQUEST)}, if none is given')
-    parser.add_argument('--batch-sizes', nargs='+', type=int, metavar='N', default=[1, 16], help='for inference')
-    parser.add_argument('--train-batch-size', type=int, default=32, metavar='N', help='for training')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='CPU threads')
-    parser.add_argument('--rounds', type=int, default=15, metavar='N', help='timed calls of each network')
-    parser.add_argument('--device', choices=list(MODES), default='cpu', help='where networks run')
-    parser.add_argument(
-        '--reference', type=Path, metavar='PATH',
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    on_request = ', '.join(name for name, mode in MODES.items() if mode.on_request)
+    add('output', type=Path, metavar='OUTPUT_FOLDER', help='folder for the results')
+    add('--models', nargs='+', metavar='NAME', default=MODELS, help='names or wildcards (default: %(default)s)')
+    add('--modes', nargs='+', choices=[*MODES, *TRAINING], metavar='MODE',
+        help=f'all that the device has but {on_request}, if none is given')
+    add('--batch-sizes', nargs='+', type=number(int, 1), metavar='N', default=[1, 16],
+        help='for inference (default: 1 16)')
+    add('--train-batch-size', type=number(int, 1), default=32, metavar='N', help='(default: %(default)s)')
+    add('--threads', type=number(int, 1), default=torch.get_num_threads(), metavar='N',
+        help='of the CPU (default: %(default)s)')
+    add('--rounds', type=number(int, 1), default=15, metavar='N',
+        help='timed calls of each network (default: %(default)s)')
+    add('--device', type=device, choices=['cpu', 'cuda'], default='cpu', help='(default: %(default)s)')
+    add('--reference', type=Path, metavar='PATH',
         help="hbonet.py of a checkout of the authors' repository, to be compared at each width that --models has")
-    parser.add_argument(
-        '--growth', action=argparse.BooleanOptionalAction, default=True,
+    add('--growth', action=argparse.BooleanOptionalAction, default=True,
         help=f'also time {", ".join(GROWTH_MODELS)} at batch sizes 1 to 128 and image sizes 96 to 640')
-    parser.add_argument(
-        '--quick', action='store_true', help='other defaults, for a minute: 2 models, 4 modes, batch sizes 1 and 4')
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    add('--quick', action='store_true', help='other defaults, for a minute: 2 models, 4 modes, batch sizes 1 and 4')
+    return parser
 
-    for name in ('batch_sizes', 'train_batch_size', 'threads', 'rounds'):
-        if np.min(getattr(args, name)) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {np.min(getattr(args, name))}')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda needs a CUDA device and a torch that is built for it, torch finds none')
-    args.modes = list(dict.fromkeys(args.modes or (mode for mode in MODES[args.device] if mode not in ON_REQUEST)))
+
+def choose_modes(args: argparse.Namespace) -> None:
+    """Set `args.modes` to those that can run, and `args.skipped` to those that cannot, with the reasons."""
+    modes = {name: mode for name, mode in MODES.items() if args.device in mode.devices}
+    args.modes = list(dict.fromkeys(args.modes or [
+        *(name for name, mode in modes.items() if not mode.on_request), *TRAINING]))
     args.skipped = []
-    for mode in tuple(args.modes):
-        if mode not in MODES[args.device]:
-            parser.error(f'--modes {mode} is not a mode on {args.device}, which has {", ".join(MODES[args.device])}')
-        packages = ALL_RUNTIMES[mode].packages if mode in ALL_RUNTIMES else ()
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
-        if missing:
-            args.modes.remove(mode)
-            args.skipped.append(f"{mode}: needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
+    for name in tuple(args.modes):
+        if name in TRAINING:
+            continue
+        if name not in modes:
+            raise BadInput(f'--modes {name} is not for --device {args.device}, which has {", ".join(modes)}.')
+        if missing := modes[name].find_missing():
+            args.modes.remove(name)
+            args.skipped.append(f"{name}: needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
             print(f'benchmark.py: skipping {args.skipped[-1]}', file=sys.stderr)
     if not args.modes:
-        parser.error('no mode is left')
+        raise BadInput('none of --modes is installed.')
+
+
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args()
+    choose_modes(args)
     args.models = list(dict.fromkeys(model for name in args.models for model in timm.list_models(name) or [name]))
     if args.reference and not any(re.fullmatch(r'hbonet_\d{3}', name) for name in args.models):
-        parser.error('--reference is compared with hbonet_100 and its other widths, add one of them to --models')
-    return args
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    args = parse_args(parser)
+        raise BadInput('--reference is compared with hbonet_100 and its other widths, add one of them to --models.')
     torch.set_num_threads(args.threads)
     if args.device == 'cuda':
         torch.set_float32_matmul_precision('high')  # TF32, as convolutions use it by default
-    networks = {}
-    for name in tqdm(dict.fromkeys([*args.models, *(GROWTH_MODELS if args.growth else ())]), desc='Creating networks'):
-        try:
-            networks[name] = create_network(functools.partial(timm.create_model, name))
-        except Exception as e:
-            parser.error(f'--models {name} cannot run on images of {IMAGE_SIZE} x {IMAGE_SIZE}. {describe_error(e)}')
-        if args.reference and re.fullmatch(r'hbonet_\d{3}', name):
-            try:
-                networks[f'authors_{name[-3:]}'] = create_reference(args.reference, name, networks[name])
-            except Exception as e:
-                parser.error(
-                    f'--reference {args.reference} is not the code of {name}, with a class HBONet(width_mult). '
-                    f'{describe_error(e)}')
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as e:
-        parser.error(f'cannot write to {args.output}: {e}. Give another folder.')
+    networks = create_networks(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output).close()  # fails now if it cannot be written
 
     report = measure(networks, args)
-    replace_file(args.output / 'benchmark.csv', pd.DataFrame(**report['results']).to_csv(index=False).encode())
-    replace_file(args.output / 'benchmark.json', json.dumps(report).encode())
+    results = pd.DataFrame(**report['results'])
+    write_file(args.output / 'benchmark.csv', results.to_csv(index=False).encode())
+    write_file(args.output / 'benchmark.json', json.dumps(report).encode())
     print(write_report(args.output))
-    return int(any(row[-1] for row in report['results']['data']))
+    if failed := results['error'].notna().sum():
+        raise BadInput(f'{failed} of {len(results)} failed, see the end of {args.output / "benchmark.md"}.')
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit('benchmark.py: interrupted.')
+    run_script(main, create_parser())

@@ -1,35 +1,27 @@
 #!/usr/bin/env python3
-"""Write tables and pictures of what benchmark.py measured: benchmark.md, accuracy_latency.png and growth.png, beside
-benchmark.json. benchmark.py does so at its end; run this after a change of the report."""
+"""Tables and pictures of what benchmark.py measured.
+
+    python scripts/benchmark_report.py FOLDER
+
+writes benchmark.md, accuracy_latency.png and growth.png beside benchmark.json. benchmark.py does so at its end; run
+this after a change of the report.
+"""
 import argparse
-import io
 import itertools
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
-try:
+from script_utils import BadInput, requirements, run_script, write_figure, write_file
+
+with requirements():
     import pandas as pd
     import tabulate  # noqa: F401, pandas needs it for Markdown
     from matplotlib.figure import Figure
-except ModuleNotFoundError as e:
-    sys.exit(f"benchmark_report.py needs {e.name}, which is not installed. Run: pip install -e '.[scripts]'")
 
-PEERS = ('mobilenetv2_100', 'mobilenetv3_large_100')
+BASELINES = ('mobilenetv2_100', 'mobilenetv3_large_100')  # that ratios are to, beside the authors' code
 TIMES = ['median_ms', 'lower_quartile_ms', 'upper_quartile_ms']
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that nobody finds half of it."""
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def pivot(rows: pd.DataFrame, values: str, columns: str = 'mode') -> pd.DataFrame:
@@ -49,7 +41,7 @@ def to_markdown(table: pd.DataFrame, spec: str = '') -> str:
 def compute_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     """Median times of our networks over those of the authors' code at the same width, and over those of peers."""
     times, ratios = pivot(rows, 'median_ms'), {}
-    for over in ('authors', *PEERS):
+    for over in ('authors', *BASELINES):
         for name in times.index[times.index.str.startswith('hbonet_')]:
             base = name.replace('hbonet', over) if over == 'authors' else over
             if base in times.index:
@@ -146,55 +138,63 @@ def draw_accuracy(rows: pd.DataFrame, top1: Dict[str, float]) -> Figure:
 
 
 def draw_growth(rows: pd.DataFrame) -> Figure:
-    """Draw time against batch size and against image size."""
-    figure = Figure(figsize=(14, 6), dpi=110, layout='constrained')
-    for axes, quantity, other, fixed in zip(
-            figure.subplots(1, 2), ('batch_size', 'image_size'), ('image_size', 'batch_size'), (224, 1), strict=True):
+    """Draw time and peak memory against batch size and against image size."""
+    figure = Figure(figsize=(14, 11), dpi=110, layout='constrained')
+    rows = rows.assign(peak_memory_mib=rows['peak_memory_bytes'].astype(float) / 2 ** 20)
+    panels = itertools.product(
+        (('median_ms', 'median time in ms'), ('peak_memory_mib', 'peak memory in MiB')),
+        (('batch_size', 'image_size', 224), ('image_size', 'batch_size', 1)))
+    for axes, ((value, label), (quantity, other, fixed)) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         chosen = rows[rows[other] == fixed].sort_values(quantity)
         for name, found in chosen.groupby('model', sort=False):
-            axes.loglog(found[quantity], found['median_ms'], 'o-', label=name)
+            axes.loglog(found[quantity], found[value], 'o-', label=name)
         axes.set_xticks(chosen[quantity].unique(), chosen[quantity].unique())
         axes.set_xticks([], minor=True)
         title = f"reparam, {other.replace('_', ' ')} {fixed}"
-        axes.set(xlabel=quantity.replace('_', ' '), ylabel='median time in ms', title=title)
+        axes.set(xlabel=quantity.replace('_', ' '), ylabel=label, title=title)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
     return figure
 
 
 def write_report(folder: Path) -> str:
-    """Write tables and pictures into a folder that has benchmark.json, and return the tables."""
-    report = json.loads((folder / 'benchmark.json').read_text(encoding='utf-8'))
-    text = format_report(report)
-    rows = pd.DataFrame(**report['results'])
+    """Write tables and pictures into a folder that has benchmark.json, and return the tables.
+
+    Raises:
+        BadInput: If that file is not what benchmark.py writes.
+    """
+    try:
+        report = json.loads((folder / 'benchmark.json').read_text(encoding='utf-8'))
+        text = format_report(report)
+        rows = pd.DataFrame(**report['results'])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        name = folder / 'benchmark.json'
+        raise BadInput(f'{name} is not what benchmark.py writes. {type(e).__name__}: {e}') from None
     rows = rows[rows['error'].isna() & (rows['model'] != 'matmul')]
     growth, rows = rows[rows['part'] == 'growth'], rows[rows['part'].str.startswith('batch size')]
     rows = rows[rows['model'].isin({name.split('.')[0] for name in report['top1']})]
     mode = next((mode for mode in ('onnxruntime', 'reparam', *rows['mode']) if mode in set(rows['mode'])), None)
-    files = {'benchmark.md': text.encode()}
+    write_file(folder / 'benchmark.md', text.encode())
     for name, figure in (
             ('accuracy_latency.png', mode and draw_accuracy(rows[rows['mode'] == mode], report['top1'])),
             ('growth.png', len(growth) and draw_growth(growth)),
     ):
-        (folder / name).unlink(missing_ok=True)  # of an earlier run
         if figure:
-            picture = io.BytesIO()
-            figure.savefig(picture)
-            files[name] = picture.getvalue()
-    for name, content in files.items():
-        replace_file(folder / name, content)
+            write_figure(folder / name, figure)
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an earlier run
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('folder', type=Path, help='output folder of benchmark.py')
-    args = parser.parse_args()
-    try:
-        print(write_report(args.folder))
-    except (OSError, ValueError, KeyError) as e:
-        parser.error(f'{args.folder / "benchmark.json"} is not what benchmark.py writes. {type(e).__name__}: {e}')
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path, metavar='FOLDER', help='output folder of benchmark.py')
+    return parser
+
+
+def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    print(write_report(args.folder))
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main, create_parser())

@@ -3,8 +3,8 @@
 
     python scripts/score_runtimes.py RUN/last.pth.tar --config RUN/args.yaml --data-dir DIR --output results/NAME
 
-`eager` is the network in PyTorch, and `reparam` re-parameterized, both in NCHW. For the runtimes it is re-parameterized
-too, and exported for one image at a time. int8 is calibrated with training images, in the transform of the test images;
+`eager` is the network in PyTorch, and `reparam` re-parameterized. For the runtimes it is re-parameterized too, and
+exported for one image at a time. int8 is calibrated with training images, in the transform of the test images;
 mnn_int8_weights has weights in int8, and computes in float32. Writes runtimes.csv and runtimes.md:
   top1        in percent
   agreement   percent of the images with PyTorch's class
@@ -15,24 +15,18 @@ mnn_int8_weights has weights in int8, and computes in float32. Writes runtimes.c
 Runtimes that are not installed are skipped by name. The exit status is 1 if another failed.
 """
 import argparse
-import importlib.util
-import io
 import random
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Dict, List, Tuple
 
 import numpy as np
 import timm.data
 import torch
 import yaml
-from runtimes import Predict, silence
-from runtimes_int8 import ALL_RUNTIMES, INT8_RUNTIMES
+from runtimes import MODES, Candidate
 from script_utils import BadInput, check_interrupt, create_model, number, requirements, run_script, write_file
 from timm.models import load_checkpoint
-from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,35 +34,19 @@ from tqdm import tqdm
 with requirements():
     import pandas as pd
 
-PYTORCH = {'eager': lambda network: network, 'reparam': reparameterize_model}
+NAMES = ['eager', 'reparam', *(name for name, mode in MODES.items() if mode.packages)]
 
 
-@dataclass
-class Candidate:
-    """A network in a runtime, and what it computed."""
-    name: str
-    predict: Predict
-    size: int
-    logits: List[np.ndarray] = field(default_factory=list)
-    seconds: List[float] = field(default_factory=list)
-
-    def run(self, image: torch.Tensor) -> None:
-        start = time.perf_counter()
-        logits = self.predict(image)
-        self.seconds.append(time.perf_counter() - start)
-        self.logits.append(torch.as_tensor(logits).numpy().copy())  # runtimes use the memory again
-
-    def summarize(self, expected: np.ndarray, labels: np.ndarray) -> Dict[str, Any]:
-        logits = np.concatenate(self.logits)
-        classes = logits.argmax(1)
-        return {
-            'runtime': self.name,
-            'top1': 100 * (classes == labels).mean(),
-            'agreement': 100 * (classes == expected.argmax(1)).mean(),
-            'error': 100 * np.abs(logits - expected).max() / np.ptp(expected),
-            'bytes': self.size,
-            'median_ms': 1e3 * np.median(self.seconds),
-        }
+def load_network(args: argparse.Namespace) -> nn.Module:
+    kwargs = {k: v for k in ('num_classes', 'in_chans') if (v := getattr(args, k)) is not None}
+    network = create_model(args.model, **kwargs).eval().requires_grad_(False)
+    try:
+        load_checkpoint(network, str(args.checkpoint), weights_only=True)
+    except Exception as e:  # damaged files and those of other networks have many ways to fail
+        raise BadInput(
+            f'{args.checkpoint} is no checkpoint of --model {args.model}: {type(e).__name__}: {e} Give the options of '
+            f'its training.') from None
+    return network
 
 
 def create_data(args: argparse.Namespace, network: nn.Module) -> Tuple[DataLoader, torch.Tensor]:
@@ -91,42 +69,26 @@ def create_data(args: argparse.Namespace, network: nn.Module) -> Tuple[DataLoade
     return DataLoader(test, batch_size=64), images
 
 
-def create_candidates(
-        network: nn.Module, calibration: torch.Tensor, names: Sequence[str]) -> Tuple[List[Candidate], Dict[str, str]]:
-    """Export and load the network. Returns what failed with its reason, too."""
-    candidates, failed = [], {}
-    for name in tqdm(dict.fromkeys(names), 'Exporting', leave=False):
-        check_interrupt()
-        if name in PYTORCH:
-            module, file = PYTORCH[name](network), io.BytesIO()
-            torch.save(module.state_dict(), file)
-            candidates.append(Candidate(name, module, len(file.getbuffer())))
-            continue
-        runtime = ALL_RUNTIMES[name]
-        missing = [package for package in runtime.packages if importlib.util.find_spec(package) is None]
-        if missing:
-            tqdm.write(f'score_runtimes.py: skipping {name}: needs {", ".join(missing)}', sys.stderr)
-            continue
-        image = calibration[:1]
-        try:
-            with silence():
-                files = runtime.export(network, image, *([calibration] if name in INT8_RUNTIMES else []))
-                predict = runtime.load(files, 1)
-                predict(image)
-            candidates.append(Candidate(name, predict, sum(map(len, files))))
-        except Exception as e:
-            failed[name] = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
-    return candidates, failed
+def summarize(candidate: Candidate, logits: List[np.ndarray], expected: np.ndarray, labels: np.ndarray) -> Dict:
+    logits = np.concatenate(logits)
+    classes = logits.argmax(1)
+    return {
+        'runtime': candidate.mode,
+        'top1': 100 * (classes == labels).mean(),
+        'agreement': 100 * (classes == expected.argmax(1)).mean(),
+        'error': 100 * np.abs(logits - expected).max() / np.ptp(expected),
+        'bytes': candidate.file_bytes,
+        'median_ms': 1e3 * np.median(candidate.seconds),
+    }
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    names = [*PYTORCH, *ALL_RUNTIMES]
     add('checkpoint', type=Path, metavar='CHECKPOINT', help="checkpoint of timm's train.py, or a state dict")
     add('--config', type=Path, metavar='FILE', help="args.yaml of the run, or a recipe: timm's options as defaults")
     add('--output', type=Path, default=Path('output/runtimes'), metavar='DIR', help='folder (default: %(default)s)')
-    add('--runtimes', nargs='+', choices=names, default=names, metavar='NAME', help=f'out of {", ".join(names)}')
+    add('--runtimes', nargs='+', choices=NAMES, default=NAMES, metavar='NAME', help=f'out of {", ".join(NAMES)}')
     add('--calibration', type=number(int, 2), default=512, metavar='N',
         help='training images that int8 is calibrated with (default: %(default)s)')
     add('--seed', type=number(int, 0), default=0, metavar='N', help='seed of their choice (default: %(default)s)')
@@ -149,35 +111,36 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args = parser.parse_args()
     if not args.model:
         parser.error('--model is not given, and --config has none')
-    kwargs = {k: v for k in ('num_classes', 'in_chans') if (v := getattr(args, k)) is not None}
-    network = create_model(args.model, **kwargs).eval().requires_grad_(False)
-    try:
-        load_checkpoint(network, str(args.checkpoint), weights_only=True)
-    except Exception as e:  # damaged files and those of other networks have many ways to fail
-        raise BadInput(
-            f'{args.checkpoint} is no checkpoint of --model {args.model}: {type(e).__name__}: {e} Give the options of '
-            f'its training.') from None
+    network = load_network(args)
     loader, calibration = create_data(args, network)
     torch.set_num_threads(1)
 
-    candidates, failed = create_candidates(network, calibration, args.runtimes)
+    candidates = [Candidate(args.model, network, mode) for mode in dict.fromkeys(args.runtimes)]
+    for candidate in tqdm(candidates, 'Exporting', leave=False):
+        check_interrupt()
+        if missing := MODES[candidate.mode].find_missing():
+            tqdm.write(f'score_runtimes.py: skipping {candidate.mode}: needs {", ".join(missing)}', sys.stderr)
+        else:
+            candidate.attempt(candidate.build, calibration[:1], 1, calibration)
+    logits = {candidate.mode: [] for candidate in candidates if candidate.predict}
     expected, labels = [], []
     for images, targets in tqdm(loader, 'Scoring', unit='batch'):
         check_interrupt()
         labels.append(targets.numpy())
         expected.append(network(images).numpy())
         for candidate in candidates:
-            for image in images.split(1):
-                candidate.run(image)
+            for image in images.split(1) if candidate.predict else ():
+                found = torch.as_tensor(candidate.time(image))
+                logits[candidate.mode].append(found.numpy().copy())  # runtimes use the memory again
     expected, labels = np.concatenate(expected), np.concatenate(labels)
-    table = pd.DataFrame([candidate.summarize(expected, labels) for candidate in candidates])
+    table = pd.DataFrame([summarize(c, logits[c.mode], expected, labels) for c in candidates if c.predict])
     args.output.mkdir(parents=True, exist_ok=True)
     text = table.to_markdown(index=False, floatfmt=('', '.2f', '.2f', '.2f', '.0f', '.2f'))
     write_file(args.output / 'runtimes.csv', table.to_csv(index=False, float_format='%.4f').encode())
     write_file(args.output / 'runtimes.md', f'{text}\n'.encode())
     print(text)
-    if failed:
-        raise BadInput('; '.join(f'{name} failed: {reason}' for name, reason in failed.items()))
+    if failures := [f'{c.mode} failed: {c.error}' for c in candidates if c.error]:
+        raise BadInput('; '.join(failures))
 
 
 if __name__ == '__main__':

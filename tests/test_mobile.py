@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pages
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import create_network, images
+from networks import create_network, images, released
 from pages import assert_equal_to
-from reference import ARCHITECTURES, release_state_dict
+from reference import ARCHITECTURES
 from timm.utils import reparameterize_model
 
 PAGE = (Path(__file__).parents[1] / 'docs' / 'mobile.md').read_text(encoding='utf-8')
@@ -28,7 +27,7 @@ MODULES = {
     'MNN': ('MNN', 'onnxscript'), 'Core ML': ('coremltools',), 'OpenVINO': ('openvino',),
     'ONNX Runtime': ('onnxruntime', 'onnxscript'),
 }
-SIZES = ((224, 224), (192, 192), (160, 160), (128, 128), (96, 96), (200, 200), (225, 225), (97, 111))
+SIZES = ((96, 96), (97, 111), (64, 64), (72, 72), (65, 65))
 
 
 def need(*names):
@@ -47,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 def runtimes():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
-        return importlib.import_module('runtimes').RUNTIMES
+        return importlib.import_module('runtimes')
 
 
 def to_executorch(model, image):
@@ -72,7 +71,7 @@ def to_litert(model, image):
     return logits, sum(op['op_name'] == 'DELEGATE' for op in interpreter._get_ops_details()), []
 
 
-# every architecture, and among them every size
+# every architecture, at sizes that are a multiple of 32 and that are not; pages and results have the larger ones
 CASES = [pytest.param(name, SIZES[i % len(SIZES)], id=f'{name}-{"x".join(map(str, SIZES[i % len(SIZES)]))}')
          for i, name in enumerate(ARCHITECTURES)]
 
@@ -91,33 +90,34 @@ def test_xnnpack(runtime, convert, name, size):
     _, graph, image, expected = create(name, size)
     logits, delegates, others = convert(graph, image)
     assert_equal_to(logits, expected, 1e-4)
-    is_multiple = all(s % 32 == 0 for s in size)
-    if is_multiple or name not in ('hbonet_025_4x_d8', 'hbonet_025_8x_d8'):
-        assert (delegates, others) == (1, [])
+    assert (delegates, others) == (1, [])
 
 
-@pytest.mark.parametrize('name, size', [('hbonet_010', (97, 111)), ('hbonet_025_8x_d8', (97, 111))])
 @pytest.mark.parametrize('runtime, convert', [('ExecuTorch', to_executorch), ('LiteRT', to_litert)])
-def test_xnnpack_without_reparameterization(runtime, convert, name, size):
+def test_xnnpack_without_reparameterization(runtime, convert):
     need(*MODULES[runtime])
-    model, _, image, expected = create(name, size)
+    model, _, image, expected = create('hbonet_025_8x_d8', (97, 111))
     assert_equal_to(convert(model, image)[0], expected, 1e-4)
 
 
-@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
-def test_executorch_in_channels_last(name):
+def test_executorch_in_channels_last():
     need(*MODULES['ExecuTorch'])
-    _, graph, image, expected = create(name, (97, 111))
+    _, graph, image, expected = create('hbonet_025_8x_d8', (97, 111))
     assert_equal_to(to_executorch(graph, image.to(memory_format=torch.channels_last))[0], expected, 1e-4)
 
 
 @pytest.mark.parametrize('name, size', CASES)
-@pytest.mark.parametrize('runtime', ['ncnn', 'mnn', 'openvino', 'onnxruntime'])
-def test_other_runtimes(runtimes, runtime, name, size):
-    need(*runtimes[runtime].packages)
+def test_other_runtimes(runtimes, name, size):
+    """Of one architecture together, as three of them take the same ONNX file."""
     model, _, image, expected = create(name, size)
-    files = runtimes[runtime].export(model, image)
-    assert_equal_to(runtimes[runtime].load(files, 1)(image), expected, 1e-4)
+    missing = []
+    for runtime in ('ncnn', 'mnn', 'openvino', 'onnxruntime'):
+        if runtimes.MODES[runtime].find_missing():
+            missing.append(runtime)
+        else:
+            assert_equal_to(runtimes.MODES[runtime].build(model, image, 1, image)[0](image), expected, 1e-4)
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed. Run: pip install -e '.[mobile]'")
 
 
 @pytest.mark.parametrize('name, size', CASES)
@@ -134,13 +134,24 @@ def test_core_ml_converts(name, size):
     assert not [name for name in types if 'upsample' in name or 'resize' in name]
 
 
+def find_code(heading, language='python'):
+    """The code under a heading of the page, which has larger networks."""
+    section = re.search(rf'^{re.escape(heading)}\n(.*?)(?=^###? |\Z)', PAGE, re.MULTILINE | re.DOTALL)[1]
+    code = '\n'.join(re.findall(rf'^```{language}\n(.*?)^```', section, re.MULTILINE | re.DOTALL))
+    assert code
+    return code.replace('hbonet_100', 'hbonet_010').replace('hbonet_035', 'hbonet_010')
+
+
+def run_page(heading, **variables):
+    exec(compile(find_code(heading), heading, 'exec'), variables)
+    return variables
+
+
 def run_commands(heading, folder):
     """Run the shell commands under a heading of the page, with the programs of this Python."""
-    section = re.search(rf'^## {re.escape(heading)}\n(.*?)(?=^## |\Z)', PAGE, re.MULTILINE | re.DOTALL)[1]
-    commands = re.findall(r'^```sh\n(.*?)^```', section, re.MULTILINE | re.DOTALL)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
     done = subprocess.run(
-        ['bash', '-euc', ''.join(commands)], cwd=folder, env={**os.environ, 'PATH': path}, capture_output=True,
+        ['bash', '-euc', find_code(heading, 'sh')], cwd=folder, env={**os.environ, 'PATH': path}, capture_output=True,
         text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -148,58 +159,52 @@ def run_commands(heading, folder):
 
 @pytest.fixture(scope='module')
 def network():
-    model = create_network('hbonet_100', torch.float32)
-    model.load_state_dict(release_state_dict('hbonet_100', torch.float32))
-    return model
+    return released('hbonet_010', torch.float32)
 
 
 @pytest.mark.parametrize('runtime', MODULES)
 def test_page(server, folder, network, runtime):
     need('timmx', *MODULES[runtime])
-    output = run_commands(runtime, folder)
+    output = run_commands(f'## {runtime}', folder)
     if runtime == 'Core ML':
-        assert 'saved' in output and Path('hbonet_100.mlpackage').is_dir()
+        assert 'saved' in output and Path('hbonet_010.mlpackage').is_dir()
         if sys.platform != 'darwin':
             pytest.skip('Core ML predicts on macOS only, here it converted')
     image = images(1, 3, 224, 224, dtype=torch.float32)
-    page = pages.run_page('mobile.md', runtime, image=image)
-    logits = torch.as_tensor(page['logits']).reshape(1, -1)
+    logits = torch.as_tensor(run_page(f'## {runtime}', image=image)['logits']).reshape(1, -1)
     assert_equal_to(logits, network(image), 1e-3 if runtime == 'Core ML' else 1e-4)
 
 
 def test_page_without_timmx(server, network):
     need(*MODULES['ExecuTorch'], *MODULES['LiteRT'], *MODULES['ncnn'])
     image = images(1, 3, 224, 224, dtype=torch.float32)
-    pages.run_page('mobile.md', 'Without timmx', image=image)
+    run_page('## Without timmx', image=image)
     from executorch.runtime import Runtime
-    method = Runtime.get().load_program('hbonet_100.pte').load_method('forward')
+    method = Runtime.get().load_program('hbonet_010.pte').load_method('forward')
     assert_equal_to(method.execute([image])[0], network(image), 1e-4)
-    assert Path('hbonet_100.tflite').stat().st_size > 1e7 and Path('hbonet_100.ncnn.bin').stat().st_size > 1e7
+    assert all(Path(f'hbonet_010.{suffix}').stat().st_size > 4e6 for suffix in ('tflite', 'ncnn.bin'))
 
 
 def test_int8(folder):
     need('executorch', 'litert_torch', 'ai_edge_quantizer', 'nncf', 'openvino', 'MNN', 'onnxscript')
-    model = create_network('hbonet_035', torch.float32, num_classes=10, in_chans=1).requires_grad_(False)
+    model = create_network('hbonet_010', torch.float32, num_classes=10, in_chans=1).requires_grad_(False)
     torch.save({'state_dict': model.state_dict()}, 'last.pth.tar')
-    calibration_images = images(64, 1, 32, 32, dtype=torch.float32)
-    page = dict(calibration_images=calibration_images, image=calibration_images[:1])
-    section = re.search(r'^## int8\n(.*?)(?=^## )', PAGE, re.MULTILINE | re.DOTALL)[1]
-    for part in re.split('^### ', section, flags=re.MULTILINE):
-        code = '\n'.join(re.findall(r'^```python\n(.*?)^```', part, re.MULTILINE | re.DOTALL))
-        exec(compile(code, part[:20], 'exec'), page)
-        if 'logits' in page:  # random weights amplify errors
-            logits = torch.as_tensor(np.array(page.pop('logits')))
-            assert F.cosine_similarity(logits, model(page['image'])).item() > 0.9, part[:20]
+    calibration_images = images(32, 1, 32, 32, dtype=torch.float32)
+    page = run_page('## int8', calibration_images=calibration_images, image=calibration_images[:1])
+    for runtime in ('ExecuTorch', 'LiteRT', 'OpenVINO', 'MNN'):
+        page = run_page(f'### int8 in {runtime}', **page)
+        if runtime != 'MNN':  # untrained networks amplify errors
+            logits = torch.as_tensor(np.array(page['logits']))
+            assert F.cosine_similarity(logits, model(page['image'])).item() > 0.8, runtime
     sizes = [os.path.getsize(f'model_int8.{suffix}') for suffix in ('pte', 'tflite', 'mnn')]
     assert max(sizes) < os.path.getsize('model.onnx') / 2
 
 
 def test_known_problems(folder):
-    need('executorch', 'litert_torch', 'pnnx', 'ncnn', 'coremltools', 'MNN')
-    page = pages.run_page('mobile.md', 'Known problems')
+    need('pnnx', 'ncnn', 'coremltools', 'MNN')
+    page = run_page('## Known problems')
     for package, version, problem in (
-            ('litert-torch', '0.10.0', 'litert_is_wrong'), ('coremltools', '9.0', 'core_ml_refuses'),
-            ('pnnx', '20261020', 'ncnn_is_wrong'), ('executorch', '1.5.1', 'executorch_leaves_it'),
+            ('coremltools', '9.0', 'core_ml_refuses'), ('pnnx', '20261020', 'ncnn_is_wrong'),
             ('MNN', '3.6.1', 'mnn_overwrites')):
         if importlib.metadata.version(package) == version:
             assert page[problem], f'{package} {version} has no such problem any more: mend docs/mobile.md'

@@ -53,7 +53,7 @@ def compute_logits(folder):
 
 
 def check_rows(folder, names):
-    """Check the table of the runtimes, of which the first is in float32."""
+    """Check the table of runtimes, of which the first is in float32."""
     table = pd.read_csv(folder / 'output' / 'runtimes.csv').set_index('runtime')
     assert list(table.index) == names
     logits, labels = compute_logits(folder)
@@ -76,32 +76,23 @@ def test_pytorch(folder):
 
 
 @needs_onnx_exporter
-def test_onnxruntime(folder):
-    names = ['onnxruntime', 'onnxruntime_int8']
-    assert score(folder, '--runtimes', *names)[0] == 0
-    check_rows(folder, names)
-
-
-@needs_onnx_exporter
-def test_openvino_without_nncf(folder, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: find_spec(name) if name != 'nncf' else None)
-    status, _, stderr = score(folder, '--runtimes', 'openvino', 'openvino_int8')
-    assert status == 0 and 'score_runtimes.py: skipping openvino_int8: needs nncf\n' in stderr
-    check_rows(folder, ['openvino'])
-
-
-@needs_onnx_exporter
-@pytest.mark.parametrize('name', ['openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
-def test_mobile(folder, name):
-    from runtimes_int8 import ALL_RUNTIMES
-    names = [other for other in ALL_RUNTIMES if other.startswith(name)]
-    for package in (package for other in names for package in ALL_RUNTIMES[other].packages):
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"{package} is not installed. Run: pip install -e '.[mobile]'")
+@pytest.mark.parametrize('name', ['onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
+def test_runtimes(folder, name):
+    from runtimes import MODES
+    names = [other for other in MODES if other.startswith(name)]
+    if missing := {package for other in names for package in MODES[other].find_missing()}:
+        pytest.skip(f"{', '.join(missing)} not installed. Run: pip install -e '.[mobile]'")
     status, _, stderr = score(folder, '--runtimes', *names, names[0])
     assert status == 0, stderr
     check_rows(folder, names)
+
+
+def test_a_runtime_that_is_not_installed_is_named(folder, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: find_spec(name) if name != 'nncf' else None)
+    status, _, stderr = score(folder, '--runtimes', 'eager', 'openvino_int8')
+    assert status == 0 and 'score_runtimes.py: skipping openvino_int8: needs nncf\n' in stderr
+    check_rows(folder, ['eager'])
 
 
 def test_a_runtime_that_fails_is_named_and_the_others_are_scored(folder, monkeypatch):
@@ -109,8 +100,7 @@ def test_a_runtime_that_fails_is_named_and_the_others_are_scored(folder, monkeyp
         raise ValueError('no such\noperator')
 
     import runtimes
-    import score_runtimes
-    monkeypatch.setitem(score_runtimes.ALL_RUNTIMES, 'ncnn', runtimes.Runtime((), fail, None))
+    monkeypatch.setitem(runtimes.MODES, 'ncnn', runtimes.exported(fail, None))
     status, _, stderr = score(folder, '--runtimes', 'ncnn', 'eager')
     assert status == 1
     assert error_line(stderr) == 'score_runtimes.py: error: ncnn failed: ValueError: no such operator'
