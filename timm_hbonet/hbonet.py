@@ -86,7 +86,7 @@ class HBONet(nn.Module):
             ValueError: If `depths`, `rates`, `spatial_expansion` or `output_stride` is not as above, or no half fits.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         if len(depths) != 9 or len(rates) != 5 or not set(rates) <= {2, 4, 8}:
             raise ValueError(f'`depths` must be 9 numbers, `rates` 5 out of 2, 4 and 8, got {depths} and {rates}.')
         if spatial_expansion not in ('nearest', 'deconv'):
@@ -259,8 +259,9 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
             f"The released weights need spatial_expansion='nearest', got {model.spatial_expansion!r}. "
             f'Use that, or train this model from scratch.')
     features, head = f'{prefix}features.', f'{prefix}conv.'
-    theirs = {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))}
-    theirs = sorted(theirs, key=lambda k: (k.startswith(head), natural_key(k)))
+    theirs = sorted(
+        {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))},
+        key=lambda k: (k.startswith(head), natural_key(k)))
     layers = [k for k, m in model.named_modules(prefix=prefix[:-1]) if isinstance(m, RepConvNormAct)]
     ours = [f'{k}.{module}' for k in layers for module in ('conv', 'bn')]
     if isinstance(model.conv_head, nn.Identity):  # pruned to its first layers
