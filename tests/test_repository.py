@@ -38,6 +38,11 @@ def test_workflows_run_every_step_of_ci_and_nothing_else():
     assert len(lists) == 2 and found == set(' '.join(lists).split())
 
 
+def test_tests_that_ci_names_exist():
+    named = set(re.findall(r'tests/\w+\.py', (ROOT / '.ci/run').read_text(encoding='utf-8')))
+    assert named and not [path for path in named if not (ROOT / path).is_file()]
+
+
 def test_ci_names_its_steps():
     done = subprocess.run(['bash', ROOT / '.ci/run', 'lint', 'tests'], capture_output=True, text=True)
     assert done.returncode == 2
