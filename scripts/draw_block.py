@@ -7,7 +7,7 @@ from typing import List, Tuple
 import torch
 from script_utils import requirements, run_script, write_figure
 
-from timm_hbonet.hbonet import HarmoniousBottleneck
+from timm_hbonet.blocks import HarmoniousBottleneck
 
 with requirements():
     from matplotlib.axes import Axes

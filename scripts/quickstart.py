@@ -109,7 +109,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if not torch.allclose(reloaded_logits, logits, rtol=1e-4, atol=1e-4):
             raise BadInput(f'the saved model scores {reloaded_top1:.2f} %, the trained one {top1:.2f} %.')
 
-        draw(test_set, reloaded_logits.softmax(-1).cpu().numpy()).savefig(result / 'predictions.png')
+        draw(test_set, reloaded_logits).savefig(result / 'predictions.png')
         for path in list(result.iterdir()):
             os.replace(path, args.output_dir / path.name)
 
@@ -150,9 +150,9 @@ def fit(
             progress.write(f'Epoch {epoch + 1:2} of {epochs}: loss {losses.avg:.3f}, top-1 held out {top1:.2f} %')
 
 
-def draw(dataset: Digits, probs: np.ndarray) -> Figure:
+def draw(dataset: Digits, logits: torch.Tensor) -> Figure:
     """Draw two right predictions of each digit, and below them the mistakes, the most confident first."""
-    labels, preds, confidences = dataset.labels, probs.argmax(1), probs.max(1)
+    labels, (confidences, preds) = dataset.labels, (x.cpu().numpy() for x in logits.softmax(-1).max(-1))
     wrong = np.flatnonzero(preds != labels)
     wrong = wrong[np.argsort(-confidences[wrong])]
     right = [np.flatnonzero((labels == digit) & (preds == digit))[:2] for digit in range(10)]

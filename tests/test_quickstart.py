@@ -79,14 +79,16 @@ def test_the_picture_shows_right_and_wrong_predictions():
     _, test_set = quickstart.load_splits()
     probs = np.full((360, 10), 0.05)
     probs[np.arange(360), test_set.labels] = 0.55
-    label = test_set.labels[7]
-    probs[7] = np.eye(10)[(label + 1) % 10]
-    upper, lower = quickstart.draw(test_set, probs).subfigs
+    probs[7] = np.roll(probs[7], 1)
+    probs[8] = np.eye(10)[(test_set.labels[8] + 1) % 10]  # more confident
+    upper, lower = quickstart.draw(test_set, torch.from_numpy(probs).log()).subfigs
     right = [axes.get_title() for axes in upper.axes if axes.get_title()]
     assert sorted(right) == sorted(2 * [f'{i} read as {i}\n55% sure' for i in range(10)])
     wrong = [axes for axes in lower.axes if axes.get_title()]
-    assert [axes.get_title() for axes in wrong] == [f'{label} read as {(label + 1) % 10}\n100% sure']
-    assert np.array_equal(wrong[0].images[0].get_array(), test_set.images[7])
+    assert [axes.get_title() for axes in wrong] == [
+        f'{test_set.labels[i]} read as {(test_set.labels[i] + 1) % 10}\n{sure}% sure'
+        for i, sure in ((8, 100), (7, 55))]
+    assert np.array_equal(wrong[0].images[0].get_array(), test_set.images[8])
 
 
 def test_a_second_run_works_and_overwrites_nothing(tmp_path, monkeypatch):
