@@ -30,7 +30,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
 import timm_hbonet
-from timm_hbonet.weights import GIT_BLOBS, download_release, find_weights, get_release_path, verify_release
+from timm_hbonet.weights import download_release, find_weights, get_release_path, verify_release
 
 NAMES = [entry['model'] for entry in reference.CHECKPOINTS]
 NAME = 'hbonet_010.in1k'  # the smallest
@@ -143,11 +143,6 @@ def test_weights_on_the_hub(filename, server, tmp_path, monkeypatch):
     assert server.count('/d-li14/*') == 0 and server.count() <= before + 2
 
 
-def test_hub_name(server, tmp_path):
-    publish(server)
-    assert_reference(create(f'hf-hub:{HUB_ID}', cache_dir=tmp_path))
-
-
 @pytest.mark.parametrize('key, change', [
     ('blocks.0.0.conv_dw.bn.running_mean', None),
     ('blocks.0.0.conv_dw.bn.running_mean', torch.zeros(7)),
@@ -169,10 +164,9 @@ def test_without_pretrained_strict_weights_load_in_part(server, tmp_path):
     assert differing == ['blocks.0.0.conv_dw.bn.running_mean']
 
 
-@pytest.mark.parametrize('content', [b'', b'<html>', bytes(1000)], ids=['empty', 'text', 'zeros'])
 @pytest.mark.parametrize('filename', ['model.safetensors', 'pytorch_model.bin'])
-def test_damaged_file_on_the_hub(filename, content, server, tmp_path):
-    server.add_repository(HUB_ID, {filename: content})
+def test_damaged_file_on_the_hub(filename, server, tmp_path):
+    server.add_repository(HUB_ID, {filename: b'<html>'})
     with pytest.raises(Exception):  # noqa: B017  of safetensors or torch, which have several
         create(cache_dir=tmp_path)
     assert server.count('/d-li14/*') == 0
@@ -295,6 +289,7 @@ def test_other_sources_are_those_of_timm(server, tmp_path):
     assert_reference(create(f'local-dir:{folder}'))
     assert_reference(timm.create_model(NAME, checkpoint_path=folder / 'model.safetensors').eval())
     assert server.count() == 0
+    assert_reference(create('hf-hub:org/mine', cache_dir=tmp_path))
     assert_reference(create(pretrained_cfg_overlay={'hf_hub_id': 'org/mine'}, cache_dir=tmp_path))
     if Version(torch.__version__) >= Version('2.14'):  # timm 1.0.26 gives the file to torch.load, which must know it
         assert_reference(create(pretrained_cfg_overlay={
@@ -305,8 +300,9 @@ def test_other_sources_are_those_of_timm(server, tmp_path):
     assert server.count('/mine.pth', 'GET') == 1
     with pytest.raises(FileNotFoundError):
         create(pretrained_cfg_overlay={'file': tmp_path / 'nowhere.pth'})
-    with pytest.raises(Exception, match='org/none'):  # of the client, another one in each major version
+    with pytest.raises(Exception):  # noqa: B017  of the client, another one in each major version
         create(pretrained_cfg_overlay={'hf_hub_id': 'org/none'}, cache_dir=tmp_path)
+    assert server.count('/org/none/*')
     assert server.count('/timm/*') == server.count('/d-li14/*') == 0
 
 
@@ -390,14 +386,6 @@ def test_damaged_file_is_replaced_and_that_of_the_user_is_left_alone(where, serv
     assert (folder / 'hbonet_0_1.pth').read_bytes() == b'fine-tuned'
 
 
-def test_other_versions_of_the_digests_have_files_of_their_own(server, tmp_path, monkeypatch):
-    path = download_release(NAME, tmp_path)
-    monkeypatch.setitem(GIT_BLOBS, NAME, git_blob_id(b'another'))
-    server.fail(RELEASE_FILE, content=b'another')
-    assert download_release(NAME, tmp_path).read_bytes() == b'another'
-    assert path.read_bytes() == release_file(NAME)
-
-
 @contextlib.contextmanager
 def ordinary_user():
     """Root may write anywhere."""
@@ -424,12 +412,10 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize('on_hub', [True, False])
 @pytest.mark.parametrize('fault, error', [
     ('read-only', 'PermissionError'), ('full', 'OSError'), ('file', 'NotADirectoryError')])
-def test_cache_that_cannot_be_written(fault, error, on_hub, server, monkeypatch):
-    if on_hub:
-        publish(server)
+def test_cache_that_cannot_be_written(fault, error, server):
+    publish(server)
     with tempfile.TemporaryDirectory() as parent:  # tmp_path is closed to other users
         folder = Path(parent, 'cache')
         os.chmod(parent, 0o755)
