@@ -27,7 +27,7 @@ def raise_errors(errors: Sequence[str], quiet: bool = False) -> None:
     if errors:
         more = f', and {len(errors) - 20} more' if len(errors) > 20 else ''
         raise BadInput(
-            errors[0] if len(errors) == 1 else f'{len(errors)} are wrong: the {min(len(errors), 20)} above{more}.')
+            errors[0] if len(errors) == 1 else f'{len(errors)} are wrong: those above{more}.')
 
 
 @contextmanager

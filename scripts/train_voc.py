@@ -362,6 +362,8 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     checkpoint, score = start_run(args, parser), None
     if args.classes and len(args.classes) == 1 and Path(args.classes[0]).is_file():
         args.classes = [n for n in read_lines(Path(args.classes[0])) if n]
+    if len(set(args.classes or [])) < len(args.classes or []):
+        raise BadInput(f'--classes has a name twice: {", ".join(args.classes)}. Give each once.')
     samples = None if args.predict or args.export else read_data(args)
     if args.evaluate:
         model = create_detector(args.model, args.image_size, len(args.classes), args.min_ratio).to(args.device)

@@ -67,21 +67,22 @@ def read_samples(
     Raises:
         BadInput: If files are missing, unreadable or wrong. The first 20 are named.
     """
-    samples, errors = {k: [] for k in lists}, []
+    samples, known, errors = {k: [] for k in lists}, {}, []
     for key, path in ((k, p) for k, paths in lists.items() for p in paths):
-        folder, known, images = path.parents[2], {}, defaultdict(list)
+        folder, images = path.parents[2], defaultdict(list)
         texts = read_lines(path)
         for image in sorted((folder / 'JPEGImages').rglob('*')):
             name, extension = split_name(image.relative_to(folder / 'JPEGImages').as_posix())
             images[name] += [image] if extension else []
         for line, text in enumerate(tqdm(texts, f'{folder.name} {path.stem}', disable=quiet, leave=False), 1):
             try:
-                name, image = find_image(folder, images, text) if text else ('', None)
-                if name in known:
-                    raise ValueError(f'{name} is in line {known[name]} too. Remove one of them.')
-                if image:
-                    known[name] = line
-                    samples[key].append(read_annotation(folder / 'Annotations' / f'{name}.xml', image, classes))
+                if not text:
+                    continue
+                name, image = find_image(folder, images, text)
+                if (key, image) in known:
+                    raise ValueError(f'{name} is in {known[key, image]} too. Remove one of them.')
+                known[key, image] = f'{path}, line {line}'
+                samples[key].append(read_annotation(folder / 'Annotations' / f'{name}.xml', image, classes))
             except ValueError as e:
                 errors.append(f'{path}, line {line}: {e}')
             except BadInput as e:
@@ -111,7 +112,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as e:
         line, column = content.count(b'\n', 0, e.start) + 1, e.start - content.rfind(b'\n', 0, e.start)
         raise BadInput(
-            f'{path}, line {line}, column {column}: it is not {encoding}. Save it in UTF-8, or state its encoding in '
+            f'{path}, line {line}, column {column}: it is not {e.encoding}. Save it in UTF-8, or state its encoding in '
             f'the first line of an annotation, <?xml version="1.0" encoding="..."?>.') from None
 
 
@@ -153,6 +154,8 @@ def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str
                 raise ValueError(
                     f'its size is {width:g} x {height:g}, and {image_path} is stored with {size[0]} x {size[1]} pixels')
         items = root.findall('object')
+        if not items and root.tag != 'annotation':
+            raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         if len(items) < sum(e.tag.rpartition('}')[2].lower() == 'object' for e in root.iter()):
             raise ValueError(f'it has objects that are not <object> directly below <{root.tag}>')
         for number, item in enumerate(items, 1):

@@ -465,8 +465,9 @@ def write(path: str, content: bytes) -> Callable[[Path], Path]:
     (change(XML_FILE, '<object>', '<objects><object>', '</object>', '</object></objects>'), 'directly below'),
     (change(XML_FILE, 'object>', 'Object>'), 'directly below'),
     (write(XML_FILE, b''), 'no element found'),
+    (write(XML_FILE, b'<annotations><image/></annotations>'), 'its root is <annotations>'),
     (write(XML_FILE, b'<?xml version="1.0" encoding="klingon"?><annotation/>'), 'klingon'),
-    (write(XML_FILE, '<annotation>\n<name>\u00fc'.encode('latin-1')), 'line 2, column 7: it is not utf-8'),
+    (write(XML_FILE, '<annotation>\n<name>\u00fc'.encode('latin-1')), 'line 2, column 7: it is not utf-8. Save'),
     (write(XML_FILE, b'<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>'), 'b'),
     (write('JPEGImages/no 101.JPG', b'no picture'), 'image'),
 ], ids=lambda value: value if isinstance(value, str) else '')
@@ -483,7 +484,7 @@ def test_up_to_20_files_are_named_in_one_run(many_cells, tmp_path):
         path.write_text('<annotation>')
     (root / 'JPEGImages/no 300.jpg').unlink()
     status, _, err = run(root, *BRIEF)
-    assert status == 1 and error_line(err).endswith('26 are wrong: the 20 above, and 6 more.')
+    assert status == 1 and error_line(err).endswith('26 are wrong: those above, and 6 more.')
     assert err.count('.xml, line 1') == 20
     for path in (root / 'Annotations').glob('no 1*'):
         path.write_text((root / 'Annotations/no 200.xml').read_text())
@@ -570,6 +571,8 @@ def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
     message = fail(*args)
     assert "1 objects of class 'red cell'" in message and str(cells / 'ImageSets/Main/test.txt') in message
     assert "'red cell', not one of white cell, green cell" in fail(*args, '--classes', *COLORS)
+    assert 'twice: cell, cell' in fail(*args, '--classes', 'cell', 'cell')
+    assert f'no 100 is in {cells / LIST}, line 1 too' in run(*args, '--train-lists', 'trainval', 'trainval')[2]
     (cells / 'ImageSets/Main/test.txt').write_text('no 300\nno 103\nno 102\n')
     assert 'no 103.jpg is in the train list and in the test list, and so are 2 of the 3' in fail(*args)
     assert run(*args, '--allow-overlap')[0] == 0
