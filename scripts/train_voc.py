@@ -222,7 +222,7 @@ def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
         test_list = 'test' if (main / 'test.txt').exists() else 'val'
     else:
         train_lists, test_list = [f'{y}/trainval' for y in years], 'VOC2007/test'
-        if not years and not args.test_list:
+        if not years and not (args.test_list and (args.train_lists or args.evaluate)):
             raise BadInput(
                 f'{data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
                 f'a folder that has.')

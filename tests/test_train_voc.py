@@ -581,6 +581,7 @@ def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
         path.write_text(XML.format(width=64, height=64, objects=''))
     assert str(cells / LIST) in (message := fail(*args)) and 'no objects' in message
     assert 'has no ImageSets/Main' in fail(tmp_path, *args[1:])
+    assert 'has no ImageSets/Main' in fail(tmp_path, *args[1:], '--test-list', 'cells/test')
     assert 'DIR' in run(*args[1:])[2]
 
 
