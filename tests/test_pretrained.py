@@ -200,7 +200,7 @@ def test_pickle_that_wants_to_run_code_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize('kwargs', [
     dict(act_layer='rleu'), dict(norm_layer='nonorm'), dict(spatial_expansion='linear'), dict(unknown=1),
-    dict(features_only=True, out_indices=(7,)), dict(device='cuda:99'), dict(in_chans=0),
+    dict(features_only=True, out_indices=(7,)), dict(device='cuda:99'), dict(output_stride=8),
 ], ids=str)
 def test_other_mistakes_are_not_those_of_the_weights(kwargs, server, tmp_path):
     def find_error(pretrained):
@@ -214,9 +214,9 @@ def test_other_mistakes_are_not_those_of_the_weights(kwargs, server, tmp_path):
     assert expected and find_error(True) == expected
 
 
-def test_weights_of_another_width(server, tmp_path):
-    with pytest.raises(RuntimeError, match='size mismatch for conv_stem.conv.weight'):
-        create(cache_dir=tmp_path, width=0.5)
+def test_network_that_the_weights_are_not_of(server, tmp_path):
+    with pytest.raises(RuntimeError, match='another network: it has features.5.conv.0 where blocks.3.1.'):
+        create(cache_dir=tmp_path, depths=(1, 1, 1, 4, 4, 1, 1, 2, 1))
 
 
 def test_other_numbers_of_input_channels_and_classes(server, tmp_path):

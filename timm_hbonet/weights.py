@@ -16,7 +16,6 @@ from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
 from timm import models
 
 ModelT = TypeVar('ModelT', bound=torch.nn.Module)
-
 _logger = logging.getLogger(__name__)
 # SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
 GIT_BLOBS: Dict[str, str] = {
@@ -118,5 +117,4 @@ def download_release(name: str, cache_dir: Optional[Union[str, Path]] = None) ->
         with urlopen(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response, file.open('wb') as f:
             with tqdm.wrapattr(f, 'write', total=response.length, desc=path.name) as progress:
                 shutil.copyfileobj(response, progress)
-        os.replace(verify_release(file, name), path)
-    return path
+        return verify_release(file, name).replace(path)
