@@ -30,6 +30,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
 import timm_hbonet
+from timm_hbonet.hbonet import default_cfgs
 from timm_hbonet.weights import download_release, find_weights, get_release_path, verify_release
 
 NAMES = [entry['model'] for entry in reference.CHECKPOINTS]
@@ -81,7 +82,8 @@ def test_each_tag_has_a_complete_config():
         cfg, size = get_pretrained_cfg(entry['model']), entry['img_size']
         assert f'{cfg.architecture}.{cfg.tag}' == entry['model']
         assert cfg.hf_hub_id == f'timm/{entry["model"]}'
-        assert cfg.url == entry['url']
+        # in the registry, stand-ins have digests of their own
+        assert default_cfgs[cfg.architecture].cfgs[cfg.tag].url == f'{entry["url"]}#{entry["git_blob"]}'
         assert cfg.input_size == (3, size, size) and cfg.pool_size == (size // 32, size // 32)
         assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes) == (0.875, 'bilinear', 1000)
         assert cfg.mean == (0.485, 0.456, 0.406) and cfg.std == (0.229, 0.224, 0.225)
@@ -481,8 +483,7 @@ CHILD = f'''if True:
     import json, os, sys
     sys.path[:0] = ['app.zip', {str(Path(__file__).parent)!r}]
     import timm, timm_hbonet
-    from timm_hbonet.weights import GIT_BLOBS, find_weights
-    blobs = dict(GIT_BLOBS)
+    from timm_hbonet.weights import find_weights
     import stand_ins
     stand_ins.use()
 '''
@@ -499,16 +500,14 @@ def test_package_in_a_zip_on_a_machine_without_network(server, run_python, tmp_p
     requests = server.count()
     code = CHILD + f'''
     assert 'app.zip' in timm_hbonet.__file__
-    print(json.dumps([
-        timm.list_pretrained('hbonet*'), blobs, find_weights({NAME!r}), find_weights('hbonet_025.in1k')]))
+    print(json.dumps([timm.list_pretrained('hbonet*'), find_weights({NAME!r}), find_weights('hbonet_025.in1k')]))
     find_weights('hbonet_035.in1k')'''
     result = run_python(
         code, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'), TORCH_HOME=str(tmp_path / 'torch'),
         TIMM_HBONET_AUTOLOAD='0')
     assert server.count() == requests
-    tags, git_blobs, *files = json.loads(result.stdout)
+    tags, *files = json.loads(result.stdout)
     assert sorted(tags) == sorted(NAMES) and files == [on_hub, released]
-    assert git_blobs == {entry['model']: entry['git_blob'] for entry in reference.CHECKPOINTS}
     assert re.search(r'RuntimeError: (.|\n)*\n2. .*OfflineMode.*\n3. .*OfflineMode', result.stderr)
 
 

@@ -91,22 +91,10 @@ class InvertedResidual(nn.Module):
 class SpatialExpansion(nn.Module):
     """Expansion of a feature map by its rate, cropped to the size of the map that it is added to."""
 
-    def __init__(
-            self,
-            chs: int,
-            rate: int,
-            mode: str,
-            norm_layer: LayerType,
-            device: Device = None,
-            dtype: Optional[torch.dtype] = None,
-    ):
+    def __init__(self, rate: int, conv: Optional[nn.Module]):
         super().__init__()
-        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.rate = rate
-        self.conv = None
-        if mode == 'deconv':
-            self.conv = RepConvNormAct(chs, chs, apply_act=False, norm_layer=norm_layer, **dd)
-            self.conv.conv = nn.ConvTranspose2d(chs, chs, 2 * rate, rate, rate // 2, groups=chs, bias=False, **dd)
+        self.conv = conv
 
     def forward(self, x: torch.Tensor, size: List[int]) -> torch.Tensor:
         if self.conv is not None:
@@ -131,7 +119,6 @@ class HarmoniousBottleneck(nn.Module):
 
     Paper: figure 2 of HBONet
     """
-    stride: Final[int]
     has_skip: Final[bool]
 
     def __init__(
@@ -177,7 +164,12 @@ class HarmoniousBottleneck(nn.Module):
         # Spatial expansion
         self.drop_path = DropPath(drop_path) if drop_path > 0. and self.has_skip else nn.Identity()
         if self.has_skip:
-            self.expand = SpatialExpansion(half_chs, rate // stride, spatial_expansion, norm_layer, **dd)
+            scale, deconv = rate // stride, None
+            if spatial_expansion == 'deconv':
+                deconv = conv(half_chs, half_chs, apply_act=False)
+                deconv.conv = nn.ConvTranspose2d(
+                    half_chs, half_chs, 2 * scale, scale, scale // 2, groups=half_chs, bias=False, **dd)
+            self.expand = SpatialExpansion(scale, deconv)
             self.conv_dw_end = conv(half_chs, half_chs, 5, groups=half_chs, apply_act=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,6 @@ class HBONet(nn.Module):
             raise ValueError(f"`spatial_expansion` must be 'nearest' or 'deconv', got {spatial_expansion!r}.")
         if output_stride not in (16, 32):
             raise ValueError(f'`output_stride` must be 16 or 32, got {output_stride!r}.')
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.spatial_expansion = spatial_expansion
@@ -136,9 +135,7 @@ class HBONet(nn.Module):
 
         self.num_features = round_chs(1600 * max(width, 1.0))
         self.conv_head: nn.Module = RepConvNormAct(prev_chs, self.num_features, 1, **kwargs)
-        self.global_pool, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.reset_classifier(num_classes, global_pool)
 
         self.apply(self._init_weights)
         self._register_load_state_dict_pre_hook(rename_release, with_module=True)
@@ -168,12 +165,10 @@ class HBONet(nn.Module):
         """Reset the classifier, to none for 0 classes, and the global pooling unless None."""
         param = next(self.parameters())
         self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool  # type: ignore[has-type]
         self.global_pool, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=pool_type, device=param.device, dtype=param.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.classifier.train(self.training)
 
     def forward_intermediates(
             self,
@@ -255,9 +250,7 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
     if f'{prefix}features.0.0.weight' not in state_dict:
         return
     if model.spatial_expansion != 'nearest':
-        raise RuntimeError(
-            f"The released weights need spatial_expansion='nearest', got {model.spatial_expansion!r}. "
-            f'Use that, or train this model from scratch.')
+        raise RuntimeError(f"The released weights need spatial_expansion='nearest', got {model.spatial_expansion!r}.")
     features, head = f'{prefix}features.', f'{prefix}conv.'
     theirs = sorted(
         {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))},
@@ -266,10 +259,9 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
     ours = [f'{k}.{module}' for k in layers for module in ('conv', 'bn')]
     if isinstance(model.conv_head, nn.Identity):  # pruned to its first layers
         del theirs[len(ours):]
-    tensors = {**state_dict, **model.state_dict(prefix=prefix)}
-    kernels = {k.removesuffix('.weight'): v.shape[2:] for k, v in tensors.items() if k.endswith('.weight')}
+    kernels = {k: v.shape[2:] for k, v in {**state_dict, **model.state_dict(prefix=prefix)}.items()}
     for found, expected in zip_longest(theirs, ours, fillvalue='nothing'):
-        if kernels.get(found) != kernels.get(expected):
+        if kernels.get(f'{found}.weight') != kernels.get(f'{expected}.weight'):
             raise RuntimeError(f'The checkpoint is of another network: it has {found} where {expected} should be.')
     names = dict(zip(theirs, ours, strict=True))
     for key in list(state_dict):
@@ -284,9 +276,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HBONet) -> Dict[str,
     return state_dict
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+def _cfg(file: str = '', size: int = 224, **kwargs: Any) -> Dict[str, Any]:
     return {
-        'url': url, 'hf_hub_id': 'timm/', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'url': file and _RELEASE + file, 'hf_hub_id': 'timm/', 'num_classes': 1000,
+        'input_size': (3, size, size), 'pool_size': (size // 32, size // 32),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
@@ -299,27 +292,27 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 _RELEASE = 'https://github.com/d-li14/HBONet/raw/e9a76c15e3847b0f032a7000fe0c8138d6f2eb10/pretrained/'
 
+# behind the name of each file, the git blob id that the tree of that commit has for it
 default_cfgs = generate_default_cfgs({
-    'hbonet_100.in1k': _cfg(_RELEASE + 'hbonet_1_0.pth'),
-    'hbonet_080.in1k': _cfg(_RELEASE + 'hbonet_0_8.pth'),
-    'hbonet_050.in1k': _cfg(_RELEASE + 'hbonet_0_5.pth'),
-    'hbonet_035.in1k': _cfg(_RELEASE + 'hbonet_0_35.pth'),
-    'hbonet_025.in1k': _cfg(_RELEASE + 'hbonet_0_25.pth'),
-    'hbonet_010.in1k': _cfg(_RELEASE + 'hbonet_0_1.pth'),
-    'hbonet_080.r192_in1k': _cfg(_RELEASE + 'hbonet_0_8_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
-    'hbonet_080.r160_in1k': _cfg(_RELEASE + 'hbonet_0_8_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
-    'hbonet_080.r128_in1k': _cfg(_RELEASE + 'hbonet_0_8_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
-    'hbonet_080.r96_in1k': _cfg(_RELEASE + 'hbonet_0_8_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
-    'hbonet_035.r192_in1k': _cfg(_RELEASE + 'hbonet_0_35_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
-    'hbonet_035.r160_in1k': _cfg(_RELEASE + 'hbonet_0_35_160x160.pth', input_size=(3, 160, 160), pool_size=(5, 5)),
-    'hbonet_035.r128_in1k': _cfg(_RELEASE + 'hbonet_0_35_128x128.pth', input_size=(3, 128, 128), pool_size=(4, 4)),
-    'hbonet_035.r96_in1k': _cfg(_RELEASE + 'hbonet_0_35_96x96.pth', input_size=(3, 96, 96), pool_size=(3, 3)),
-    'hbonet_050_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_5_8_divisible.pth'),
-    'hbonet_060.r192_in1k': _cfg(
-        _RELEASE + 'variant/hbonet_0_6_192x192.pth', input_size=(3, 192, 192), pool_size=(6, 6)),
-    'hbonet_025_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_8_divisible.pth'),
-    'hbonet_025_4x_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_4x_8_divisible.pth'),
-    'hbonet_025_8x_d8.in1k': _cfg(_RELEASE + 'variant/hbonet_0_25_8x_8_divisible.pth'),
+    'hbonet_100.in1k': _cfg('hbonet_1_0.pth#7414b8c39d9e82b8d4922086c4f99e9ac9e384f6'),
+    'hbonet_080.in1k': _cfg('hbonet_0_8.pth#c46ebaf81af544b59c31497ec22f6b71210e07d4'),
+    'hbonet_050.in1k': _cfg('hbonet_0_5.pth#314ef51c531bad4fb76ea8eb0ace01b364a68ac1'),
+    'hbonet_035.in1k': _cfg('hbonet_0_35.pth#c9f111a1e9a2b144282472a4ff9cb6f6f3f1e664'),
+    'hbonet_025.in1k': _cfg('hbonet_0_25.pth#594ab57232e911dbf8143e31d14a02bcfaee2171'),
+    'hbonet_010.in1k': _cfg('hbonet_0_1.pth#b3d6c5d058e4a42e23bbfe354dfe4e28f945a6a5'),
+    'hbonet_080.r192_in1k': _cfg('hbonet_0_8_192x192.pth#8bbabc116ddfcd4a5084f43d5b37bd5376f4edde', 192),
+    'hbonet_080.r160_in1k': _cfg('hbonet_0_8_160x160.pth#41c5f1023a3338a87efcb4620ee07135802c9cf2', 160),
+    'hbonet_080.r128_in1k': _cfg('hbonet_0_8_128x128.pth#40c3724180e00e9f4500a6a5fedb368ea82b55c3', 128),
+    'hbonet_080.r96_in1k': _cfg('hbonet_0_8_96x96.pth#b145d76e9281b93720a9c18305d04003900844be', 96),
+    'hbonet_035.r192_in1k': _cfg('hbonet_0_35_192x192.pth#383337af685b2e100bf7928c609f84fc69da1843', 192),
+    'hbonet_035.r160_in1k': _cfg('hbonet_0_35_160x160.pth#7a640d3859b50f1e2bd30c7169b3de1065485f6d', 160),
+    'hbonet_035.r128_in1k': _cfg('hbonet_0_35_128x128.pth#3e630e41efe98877465ebbe302ce1fda8b7f5a94', 128),
+    'hbonet_035.r96_in1k': _cfg('hbonet_0_35_96x96.pth#7573489c50d0e7dcc698d209acab606e07f2cc76', 96),
+    'hbonet_050_d8.in1k': _cfg('variant/hbonet_0_5_8_divisible.pth#0b6d5fa2f7534b952d3b6e8857401be9f8a648e9'),
+    'hbonet_060.r192_in1k': _cfg('variant/hbonet_0_6_192x192.pth#8980e46f7e2a3479b98d2ee81f5a7a863397d014', 192),
+    'hbonet_025_d8.in1k': _cfg('variant/hbonet_0_25_8_divisible.pth#21d65af0058a11e626adaeb4d4f5c842ddfe466c'),
+    'hbonet_025_4x_d8.in1k': _cfg('variant/hbonet_0_25_4x_8_divisible.pth#3162e5b2d91c07858786619a0d90d5d28f6ecce0'),
+    'hbonet_025_8x_d8.in1k': _cfg('variant/hbonet_0_25_8x_8_divisible.pth#ef78dbd1671524bc1751dc2d3d763ccc197e1f21'),
 })
 
 
@@ -337,54 +330,54 @@ def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBO
 
 @register_model
 def hbonet_100(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_100', pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_100', pretrained, **kwargs)
 
 
 @register_model
 def hbonet_080(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_080', width=0.8, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_080', pretrained, **{'width': 0.8, **kwargs})
 
 
 @register_model
 def hbonet_060(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_060', width=0.6, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_060', pretrained, **{'width': 0.6, **kwargs})
 
 
 @register_model
 def hbonet_050(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_050', width=0.5, divisor=2, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_050', pretrained, **{'width': 0.5, 'divisor': 2, **kwargs})
 
 
 @register_model
 def hbonet_035(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_035', width=0.35, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_035', pretrained, **{'width': 0.35, **kwargs})
 
 
 @register_model
 def hbonet_025(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_025', width=0.25, divisor=2, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_025', pretrained, **{'width': 0.25, 'divisor': 2, **kwargs})
 
 
 @register_model
 def hbonet_010(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_010', width=0.1, divisor=4, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_010', pretrained, **{'width': 0.1, 'divisor': 4, **kwargs})
 
 
 @register_model
 def hbonet_050_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_050_d8', width=0.5, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_050_d8', pretrained, **{'width': 0.5, **kwargs})
 
 
 @register_model
 def hbonet_025_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_025_d8', width=0.25, pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_025_d8', pretrained, **{'width': 0.25, **kwargs})
 
 
 @register_model
 def hbonet_025_4x_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_025_4x_d8', width=0.25, rates=(4, 4, 4, 2, 2), pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_025_4x_d8', pretrained, **{'width': 0.25, 'rates': (4, 4, 4, 2, 2), **kwargs})
 
 
 @register_model
 def hbonet_025_8x_d8(pretrained: bool = False, **kwargs: Any) -> HBONet:
-    return _create_hbonet('hbonet_025_8x_d8', width=0.25, rates=(8, 8, 4, 2, 2), pretrained=pretrained, **kwargs)
+    return _create_hbonet('hbonet_025_8x_d8', pretrained, **{'width': 0.25, 'rates': (8, 8, 4, 2, 2), **kwargs})

@@ -159,9 +159,8 @@ class InferenceBottleneck(nn.Module):
         self.pools = nn.ModuleList([
             InferencePool(len(layout), like) if block.stride == 2 else nn.Identity() for layout in in_layouts])
         if self.has_skip:
-            self.expand = SpatialExpansion(len(computed_layout), block.expand.rate, 'nearest', nn.Identity)
-            if block.expand.conv is not None:
-                self.expand.conv = _lay_out([block.expand.conv], computed_layout)
+            deconv = None if block.expand.conv is None else _lay_out([block.expand.conv], computed_layout)
+            self.expand = SpatialExpansion(block.expand.rate, deconv)
             self.conv_dw_end = _lay_out([block.conv_dw_end], computed_layout)
         self.out_layouts = [
             [passed.index(c) if c in passed else -1 for c in passed_layout],

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, Optional, TypeVar, Union
+from typing import Any, Callable, Optional, TypeVar, Union
 from urllib.request import urlopen
 
 import torch
@@ -17,35 +17,13 @@ from timm import models
 
 ModelT = TypeVar('ModelT', bound=torch.nn.Module)
 _logger = logging.getLogger(__name__)
-# SHA-1 of the size and content as git has it, from the tree of the authors' repository at the commit of the cfgs
-GIT_BLOBS: Dict[str, str] = {
-    'hbonet_100.in1k': '7414b8c39d9e82b8d4922086c4f99e9ac9e384f6',
-    'hbonet_080.in1k': 'c46ebaf81af544b59c31497ec22f6b71210e07d4',
-    'hbonet_050.in1k': '314ef51c531bad4fb76ea8eb0ace01b364a68ac1',
-    'hbonet_035.in1k': 'c9f111a1e9a2b144282472a4ff9cb6f6f3f1e664',
-    'hbonet_025.in1k': '594ab57232e911dbf8143e31d14a02bcfaee2171',
-    'hbonet_010.in1k': 'b3d6c5d058e4a42e23bbfe354dfe4e28f945a6a5',
-    'hbonet_080.r192_in1k': '8bbabc116ddfcd4a5084f43d5b37bd5376f4edde',
-    'hbonet_080.r160_in1k': '41c5f1023a3338a87efcb4620ee07135802c9cf2',
-    'hbonet_080.r128_in1k': '40c3724180e00e9f4500a6a5fedb368ea82b55c3',
-    'hbonet_080.r96_in1k': 'b145d76e9281b93720a9c18305d04003900844be',
-    'hbonet_035.r192_in1k': '383337af685b2e100bf7928c609f84fc69da1843',
-    'hbonet_035.r160_in1k': '7a640d3859b50f1e2bd30c7169b3de1065485f6d',
-    'hbonet_035.r128_in1k': '3e630e41efe98877465ebbe302ce1fda8b7f5a94',
-    'hbonet_035.r96_in1k': '7573489c50d0e7dcc698d209acab606e07f2cc76',
-    'hbonet_050_d8.in1k': '0b6d5fa2f7534b952d3b6e8857401be9f8a648e9',
-    'hbonet_060.r192_in1k': '8980e46f7e2a3479b98d2ee81f5a7a863397d014',
-    'hbonet_025_d8.in1k': '21d65af0058a11e626adaeb4d4f5c842ddfe466c',
-    'hbonet_025_4x_d8.in1k': '3162e5b2d91c07858786619a0d90d5d28f6ecce0',
-    'hbonet_025_8x_d8.in1k': 'ef78dbd1671524bc1751dc2d3d763ccc197e1f21',
-}
 
 
 def build_model_with_cfg(model_cls: Callable[..., ModelT], variant: str, pretrained: bool, **kwargs: Any) -> ModelT:
     """Build a model as timm's function does, the weights of a cfg as registered from where `find_weights` has them."""
     cfg = models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     name, sources = f'{cfg.architecture}.{cfg.tag}', ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
-    if not pretrained or name not in GIT_BLOBS or any(
+    if not pretrained or not models.is_model_pretrained(name) or any(
             getattr(cfg, k) != getattr(models.get_pretrained_cfg(name), k) for k in sources):
         return models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     if kwargs.get('spatial_expansion') == 'deconv':
@@ -91,16 +69,16 @@ def _download_from_hub(repo: str, revision: Optional[str], cache_dir: Optional[U
 
 def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
     """Where the checkpoint `name` is kept, by default in torch.hub's folder, under a name of our own."""
-    url = Path(models.get_pretrained_cfg(name).url)
-    return Path(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'), f'{url.stem}-{GIT_BLOBS[name][:8]}.pth')
+    url, _, blob = models.get_pretrained_cfg(name).url.partition('#')
+    return Path(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'), f'{Path(url).stem}-{blob[:8]}.pth')
 
 
 def verify_release(path: Path, name: str) -> Path:
     """Returns the path of a file, unopened, if it is the checkpoint `name`. ValueError or OSError if not."""
-    content = path.read_bytes()
+    content, expected = path.read_bytes(), models.get_pretrained_cfg(name).url.partition('#')[2]
     blob = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-    if blob != GIT_BLOBS[name]:
-        raise ValueError(f'the git blob id is {blob}, not {GIT_BLOBS[name]}, of {len(content)} bytes: {content[:20]!r}')
+    if blob != expected:
+        raise ValueError(f'the git blob id is {blob}, not {expected}, of {len(content)} bytes: {content[:20]!r}')
     return path
 
 
