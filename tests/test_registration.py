@@ -6,6 +6,7 @@ the network, which needs torch, a class.
 """
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,27 @@ ROOT = Path(__file__).parents[1]
 STARTUP_FILES = {'_timm_hbonet_autoload.py', 'timm_hbonet.pth', 'timm_hbonet.start'}
 OFFLINE = ['--no-index', '--no-deps', '--no-build-isolation']
 LIST_MODELS = "import timm; print(timm.list_models('hbonet*'))"
+# registers one model, without torch, and counts how often it is imported
+NETWORK = """
+import timm
+from timm.models import register_model
+timm.imports_of_plugin = getattr(timm, 'imports_of_plugin', 0) + 1
+class HBONet: pass
+@register_model
+def hbonet_100(): return HBONet()
+"""
+FAMILY_IN_TIMM = """
+from ._registry import register_model
+__all__ = ['HBONet']
+class HBONet: pass
+@register_model
+def hbonet_100(): pass
+"""
+FAKE_TIMM = """
+import os
+if 'BREAK_TIMM' in os.environ: raise ImportError('timm is broken')
+from .models import is_model, list_models, model_entrypoint
+"""
 
 
 def run_module(*args):
@@ -37,24 +59,25 @@ class Environment:
         venv.create(path, with_pip=False)
         self.path = path
         self.python = path / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
-        self.site = Path(self.run('-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').stdout.strip())
+        self.site = Path(self.run_code('import sysconfig; print(sysconfig.get_path("purelib"))').strip())
         if inherit:
             packages = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
             packages |= {str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ('timm', 'torch')}
             # a path in a .pth file is searched for modules, the .pth files in it are not read
             (self.site / 'inherited.pth').write_text('\n'.join(packages))
 
-    def run(self, *args, **env):
-        """Run the interpreter and return the completed process."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_HBONET_'))}
-        env = {**clean, **{k: str(v) for k, v in env.items()}}
-        result = subprocess.run([self.python, *args], env=env, cwd=self.path, capture_output=True, text=True)
+    def run(self, code, *options, **env):
+        """Run code and return the completed process."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_HBONET_'))} | {
+            k: str(v) for k, v in env.items()}
+        command = [self.python, *options, '-c', textwrap.dedent(code)]
+        result = subprocess.run(command, env=env, cwd=self.path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return result
 
     def run_code(self, code, *options, **env):
         """Run code that must print nothing to stderr, and return what it prints."""
-        result = self.run(*options, '-c', textwrap.dedent(code), **env)
+        result = self.run(code, *options, **env)
         assert result.stderr == ''
         return result.stdout
 
@@ -66,18 +89,6 @@ class Environment:
 
     def files(self):
         return {path.relative_to(self.site) for path in self.site.rglob('*') if path.is_file()}
-
-
-def write_network(package):
-    """Write the module that registers the models: one, that needs no torch, and counts the imports of the module."""
-    (package / 'hbonet.py').write_text(
-        'import timm\n'
-        'from timm.models import register_model\n'
-        'timm.imports_of_plugin = getattr(timm, "imports_of_plugin", 0) + 1\n'
-        'class HBONet: pass\n'
-        '@register_model\n'
-        'def hbonet_100(): return HBONet()\n'
-    )
 
 
 @pytest.fixture(scope='module')
@@ -95,7 +106,7 @@ def bare(wheel, tmp_path_factory):
     """The wheel, with a stand-in for the network, installed where there are neither timm nor torch."""
     environment = Environment(tmp_path_factory.mktemp('bare'))
     environment.install(wheel)
-    write_network(environment.site / 'timm_hbonet')
+    (environment.site / 'timm_hbonet/hbonet.py').write_text(NETWORK)
     return environment
 
 
@@ -106,13 +117,9 @@ def fake_timm(tmp_path):
     package = tmp_path / 'fake_timm/timm'
     (package / 'models').mkdir(parents=True)
     for name in ('_registry.py', '_pretrained.py'):
-        (package / 'models' / name).write_text((source / name).read_text())
+        shutil.copy(source / name, package / 'models')
     (package / 'models/__init__.py').write_text('from ._registry import *\n')
-    (package / '__init__.py').write_text(
-        'import os\n'
-        'if "BREAK_TIMM" in os.environ: raise ImportError("timm is broken")\n'
-        'from .models import is_model, list_models, model_entrypoint\n'
-    )
+    (package / '__init__.py').write_text(FAKE_TIMM)
     return package.parent
 
 
@@ -130,27 +137,34 @@ def test_startup_loads_one_small_module(bare):
     without = Environment(bare.path / 'without')
     code = 'import sys; print(*sys.modules)'
     (without.site / 'other.pth').write_text('import os')  # that a start-up file is run loads modules of its own
-    added = set(bare.run('-c', code).stdout.split()) - set(without.run('-c', code).stdout.split())
+    added = set(bare.run_code(code).split()) - set(without.run_code(code).split())
     assert added == {'_timm_hbonet_autoload'}
+
+
+@pytest.mark.parametrize('editable', [False, True])
+def test_install_registers_all_models_and_uninstall_leaves_nothing(wheel, tmp_path, editable):
+    environment = Environment(tmp_path, inherit=True)
+    before = environment.files()
+    environment.install(*(['-e', ROOT] if editable else [wheel]))
+    assert {Path(name) for name in STARTUP_FILES} <= environment.files()
+    code = 'import importlib.util, sys; print("_timm_hbonet_autoload" in sys.modules, importlib.util.find_spec("{}"){})'
+    package = (ROOT if editable else environment.site) / 'timm_hbonet/__init__.py'
+    assert environment.run_code(code.format('timm_hbonet', '.origin')) == f'True {package}\n'
+    if not editable:  # with all of timm
+        create = "from timm.models import create_model; print(type(create_model('hbonet_010')).__name__); "
+        assert environment.run(create + LIST_MODELS).stdout == f'HBONet\n{sorted(reference.ARCHITECTURES)}\n'
+    environment.pip('uninstall', '--yes', 'timm-hbonet')
+    assert environment.files() == before
+    assert environment.run_code(code.format('timm_hbonet', '')) == 'False None\n'
 
 
 # Every program knows the models
 
 
-def test_after_pip_install(wheel, tmp_path):
-    environment = Environment(tmp_path, inherit=True)
-    environment.install(wheel)
-    code = "from timm.models import create_model; print(type(create_model('hbonet_010')).__name__); " + LIST_MODELS
-    assert environment.run('-c', code).stdout == f'HBONet\n{sorted(reference.ARCHITECTURES)}\n'
-
-
-def test_explicit_import_where_startup_files_are_not_read(wheel, fake_timm, tmp_path):
-    environment = Environment(tmp_path / 'environment')
-    target = tmp_path / 'target'
-    environment.install('--target', target, wheel)
-    write_network(target / 'timm_hbonet')
+@pytest.mark.parametrize('options, env', [(['-S'], {}), ([], {'TIMM_HBONET_AUTOLOAD': 0})])
+def test_explicit_import_where_startup_files_are_not_read_or_switched_off(bare, fake_timm, options, env):
     code = LIST_MODELS + '; import timm_hbonet; print(timm_hbonet.HBONet); ' + LIST_MODELS
-    stdout = environment.run_code(code, PYTHONPATH=os.pathsep.join(map(str, [target, fake_timm])))
+    stdout = bare.run_code(code, *options, PYTHONPATH=os.pathsep.join(map(str, [bare.site, fake_timm])), **env)
     assert stdout == "[]\n<class 'timm_hbonet.hbonet.HBONet'>\n['hbonet_100']\n"
 
 
@@ -168,35 +182,12 @@ def test_start_file_does_the_same(bare, fake_timm):
     """, '-S', PYTHONPATH=fake_timm)
 
 
-def test_spawned_worker(bare, fake_timm, tmp_path):
-    script = tmp_path / 'program.py'
-    script.write_text(textwrap.dedent("""
-        import multiprocessing, sys
-
-        def is_known(name):
-            import timm
-            return timm.is_model(name)
-
-        if __name__ == '__main__':
-            with multiprocessing.get_context('spawn').Pool(1) as pool:
-                print(*pool.map(is_known, ['hbonet_100']), 'timm' in sys.modules)
-    """))
-    # known in the worker, that has not got it from the parent
-    assert bare.run(script, PYTHONPATH=fake_timm).stdout == 'True False\n'
-
-
 # It stays out of the way
 
 
-def test_switched_off_until_it_is_imported(bare, fake_timm):
-    code = LIST_MODELS + '; import timm_hbonet; ' + LIST_MODELS
-    assert bare.run_code(code, TIMM_HBONET_AUTOLOAD=0, PYTHONPATH=fake_timm) == "[]\n['hbonet_100']\n"
-
-
-@pytest.mark.parametrize('warnings', ['default', 'error'])
-def test_broken_plugin_is_one_warning_that_names_the_cause(bare, fake_timm, warnings):
+def test_broken_plugin_is_one_line_that_names_the_cause(bare, fake_timm):
     (fake_timm / 'timm_hbonet.py').write_text('raise OSError("the disk is on fire")')
-    result = bare.run('-W', warnings, '-c', LIST_MODELS, PYTHONPATH=fake_timm)
+    result = bare.run(LIST_MODELS, '-W', 'error', PYTHONPATH=fake_timm)
     assert result.stdout == '[]\n'
     assert result.stderr.count('\n') == 1
     assert 'timm-hbonet could not register' in result.stderr and 'OSError: the disk is on fire' in result.stderr
@@ -206,48 +197,23 @@ def test_broken_plugin_is_one_warning_that_names_the_cause(bare, fake_timm, warn
 def test_steps_aside_for_a_timm_that_has_the_family(bare, fake_timm, order):
     with open(fake_timm / 'timm/models/__init__.py', 'a') as f:
         f.write('from .hbonet import *\n')
-    (fake_timm / 'timm/models/hbonet.py').write_text(
-        'from ._registry import register_model\n'
-        '__all__ = ["HBONet"]\n'
-        'class HBONet: pass\n'
-        '@register_model\n'
-        'def hbonet_100(): pass\n'
-    )
+    (fake_timm / 'timm/models/hbonet.py').write_text(FAMILY_IN_TIMM)
     code = order + '; print(timm.model_entrypoint("hbonet_100").__module__, timm_hbonet.HBONet, timm.list_models())'
     assert bare.run_code(code, '-W', 'error', PYTHONPATH=fake_timm) == (
         "timm.models.hbonet <class 'timm.models.hbonet.HBONet'> ['hbonet_100']\n")
 
 
-@pytest.mark.parametrize('editable', [False, True])
-def test_uninstall_leaves_nothing(wheel, tmp_path, editable):
-    environment = Environment(tmp_path, inherit=editable)  # the editable install needs hatchling
-    before = environment.files()
-    environment.install(*(['-e', ROOT] if editable else [wheel]))
-    assert {Path(name) for name in STARTUP_FILES} <= environment.files()
-    code = 'import importlib.util, sys; print("_timm_hbonet_autoload" in sys.modules, importlib.util.find_spec("{}"){})'
-    package = (ROOT if editable else environment.site) / 'timm_hbonet/__init__.py'
-    assert environment.run_code(code.format('timm_hbonet', '.origin')) == f'True {package}\n'
-    environment.pip('uninstall', '--yes', 'timm-hbonet')
-    assert environment.files() == before
-    assert environment.run_code(code.format('timm_hbonet', '')) == 'False None\n'
-
-
 # Whatever a program does with its imports
 
 
-@pytest.mark.parametrize('timm', ['none', 'folder', 'module', 'blocked'])
-def test_no_timm_and_other_things_of_that_name(bare, tmp_path, timm):
-    if timm == 'folder':
-        (tmp_path / 'timm').mkdir()
-    elif timm == 'module':
-        (tmp_path / 'timm.py').write_text('x = 1')
-    result = bare.run('-c', f"""if True:
-        import importlib.util, sys
-        assert {timm in ('none', 'blocked')} == (importlib.util.find_spec('timm') is None)
-        if {timm == 'blocked'}:
-            sys.modules['timm'] = None
-            import _timm_hbonet_autoload
-            _timm_hbonet_autoload.install()
+@pytest.mark.parametrize('name, warnings', [('other', 0), ('timm/data', 0), ('timm.py', 1)])
+def test_no_timm_and_other_things_of_that_name(bare, tmp_path, name, warnings):
+    path = tmp_path / name
+    if path.suffix:
+        path.write_text('x = 1')
+    else:
+        path.mkdir(parents=True)
+    result = bare.run("""
         try:
             import timm
             print(timm.__name__)
@@ -256,30 +222,28 @@ def test_no_timm_and_other_things_of_that_name(bare, tmp_path, timm):
     """, PYTHONPATH=tmp_path)
     assert result.stdout == 'timm\n'
     # a module of that name is a timm that the plugin cannot work with
-    assert result.stderr.count('\n') == (timm == 'module')
+    assert result.stderr.count('\n') == warnings
 
 
-def test_timm_is_found_as_without_the_plugin(bare, fake_timm):
-    bare.run_code("""
+def test_timm_in_a_zip_file(bare, fake_timm, tmp_path):
+    assert bare.run_code(LIST_MODELS, PYTHONPATH=shutil.make_archive(tmp_path / 'all', 'zip', fake_timm)) == (
+        "['hbonet_100']\n")
+
+
+@pytest.mark.parametrize('code', [
+    pytest.param("""
         import importlib.util, sys
-        from importlib.machinery import SourceFileLoader
         for _ in range(2):
-            spec = importlib.util.find_spec('timm')
-            assert spec.origin == spec.loader.get_filename('timm')
+            assert importlib.util.find_spec('timm').origin.endswith('__init__.py')
         assert not {'timm', 'timm_hbonet'} & set(sys.modules)
         import timm
-        for _ in range(2):
-            for finder in sys.meta_path:
-                finder.find_spec('timm')
-            assert type(timm.__loader__) is type(timm.__spec__.loader) is SourceFileLoader
-            assert timm.is_model('hbonet_100')
-            importlib.reload(timm)
-    """, PYTHONPATH=fake_timm)
-
-
-def test_import_of_timm_that_fails_and_is_tried_again(bare, fake_timm):
-    bare.run_code("""
+        assert timm.is_model('hbonet_100')
+        importlib.reload(timm)
+        assert timm.is_model('hbonet_100') and timm.imports_of_plugin == 1
+    """, id='looked for, then imported and reloaded'),
+    pytest.param("""
         import os, sys
+        os.environ['BREAK_TIMM'] = '1'
         try:
             import timm
         except ImportError as e:
@@ -288,11 +252,8 @@ def test_import_of_timm_that_fails_and_is_tried_again(bare, fake_timm):
         del os.environ['BREAK_TIMM']
         import timm
         assert timm.is_model('hbonet_100')
-    """, PYTHONPATH=fake_timm, BREAK_TIMM=1)
-
-
-def test_timm_deleted_and_imported_anew(bare, fake_timm):
-    bare.run_code("""
+    """, id='failed, then tried again'),
+    pytest.param("""
         import importlib, sys, timm
         for kept in ([], ['timm_hbonet'], ['timm.models'], ['timm_hbonet', 'timm.models']):
             old = timm
@@ -305,34 +266,21 @@ def test_timm_deleted_and_imported_anew(bare, fake_timm):
             assert type(timm.model_entrypoint('hbonet_100')()) is timm_hbonet.HBONet
             importlib.reload(timm_hbonet)
             assert type(timm.model_entrypoint('hbonet_100')()) is timm_hbonet.HBONet
-    """, PYTHONPATH=fake_timm)
+    """, id='deleted, then imported anew'),
+])
+def test_timm_that_is(bare, fake_timm, code):
+    bare.run_code(code, PYTHONPATH=fake_timm)
 
 
-def test_timm_in_a_zip_file_whose_loader_others_share(bare, fake_timm, tmp_path):
-    with zipfile.ZipFile(tmp_path / 'all.zip', 'w') as file:
-        for path in fake_timm.rglob('*.py'):
-            file.write(path, path.relative_to(fake_timm))
-        file.writestr('other.py', '')
-    bare.run_code("""
-        import importlib.util, sys
-        importlib.util.find_spec('timm')
-        import other
-        assert 'timm_hbonet' not in sys.modules
-        import timm
-        assert timm.is_model('hbonet_100') and timm.__loader__.archive.endswith('.zip')
-    """, PYTHONPATH=tmp_path / 'all.zip')
-
-
-def test_startup_files_read_twice_or_late(bare, fake_timm):
-    code = f"""
+@pytest.mark.parametrize('options', [[], ['-S']])
+def test_startup_files_read_twice_or_late(bare, fake_timm, options):
+    bare.run_code(f"""
         import site, sys, timm
         assert timm.is_model('hbonet_100') == (not sys.flags.no_site)
         site.addsitedir({str(bare.site)!r})
-        assert [type(finder).__name__ for finder in sys.meta_path].count('_TimmFinder') == 1
         assert timm.is_model('hbonet_100') and timm.imports_of_plugin == 1
-    """
-    bare.run_code(code, PYTHONPATH=fake_timm)
-    bare.run_code(code, '-S', PYTHONPATH=fake_timm)
+        assert [type(finder).__name__ for finder in sys.meta_path].count('_TimmFinder') == 1
+    """, *options, PYTHONPATH=fake_timm)
 
 
 @pytest.mark.parametrize('second', ['timm', 'timm_hbonet'])
