@@ -2,7 +2,6 @@
 
 Weights are the stand-ins of the released ones, from the Hub and release on loopback.
 """
-import copy
 import functools
 
 import numpy as np
@@ -11,29 +10,26 @@ import pytest
 import reference
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pages import assert_equal_to
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from timm.utils import accuracy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torchvision.transforms.v2.functional import normalize, resize
 
 run_page = functools.partial(pages.run_page, 'clients.md')
 NAME = 'hbonet_100'
 
 
-def need(module: str) -> None:
-    pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[clients]"')
+def need(*modules: str) -> None:
+    for module in modules:
+        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[clients]"')
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(server, tmp_path, monkeypatch):
     """Working directory of the code, where the published weights can be had."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +50,12 @@ def feature_maps(folder):
     return timm.create_model(NAME, pretrained=True, features_only=True).eval()
 
 
-def test_segmentation_models(folder, photos, feature_maps):
+def assert_equal_maps(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert_equal_to(a, b)
+
+
+def test_segmentation_models(photos, feature_maps):
     need('segmentation_models_pytorch')
     images = resize(photos, [97, 131])
 
@@ -62,8 +63,7 @@ def test_segmentation_models(folder, photos, feature_maps):
 
     assert page['masks'].shape == (2, 21, 97, 131)
     assert page['unet'](images).shape == (2, 21, 97, 131)
-    for found, expected in zip(page['unet'].encoder(images)[1:], feature_maps(images), strict=True):
-        assert_equal_to(found, expected)
+    assert_equal_maps(page['unet'].encoder(images)[1:], feature_maps(images))
     with pytest.raises(RuntimeError, match=r'shape \(128, 160\)'):
         page['fpn'](images)
 
@@ -71,14 +71,12 @@ def test_segmentation_models(folder, photos, feature_maps):
     assert page['deeplab'](images).shape == (2, 21, 96, 128)
     dilated = timm.create_model(NAME, pretrained=True, features_only=True, output_stride=16).eval()(images)
     assert dilated[-1].shape[-2:] == (6, 8)
-    for found, expected in zip(page['deeplab'].encoder(images)[1:], dilated, strict=True):
-        assert_equal_to(found, expected)
-
+    assert_equal_maps(page['deeplab'].encoder(images)[1:], dilated)
     with pytest.raises(ValueError, match='must be 16 or 32, got 8'):
         page['smp'].DeepLabV3Plus(f'tu-{NAME}', encoder_weights=None, encoder_output_stride=8)
 
 
-def test_transformers(folder, photos, model, feature_maps):
+def test_transformers(photos, model, feature_maps):
     need('transformers')
     images = resize(photos, [97, 131])
     photo = Image.fromarray(load_sample_images().images[0])
@@ -87,14 +85,11 @@ def test_transformers(folder, photos, model, feature_maps):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     assert_equal_to(page['logits'], model(transform(photo)[None]))
     assert page['backbone'].channels == [72, 96, 144, 400]
-    assert len(page['feature_maps']) == 4
-    for found, expected in zip(page['feature_maps'], feature_maps(images)[1:], strict=True):
-        assert_equal_to(found, expected)
-    for found, expected in zip(page['detr'].model.backbone.model(images), feature_maps(images)[2:], strict=True):
-        assert_equal_to(found, expected)
+    assert_equal_maps(page['feature_maps'], feature_maps(images)[1:])
+    assert_equal_maps(page['detr'].model.backbone.model(images), feature_maps(images)[2:])
 
 
-def test_fastai(folder, digits):
+def test_fastai(digits):
     need('fastai')
     from fastai.torch_core import set_seed
 
@@ -117,15 +112,14 @@ def digits(tmp_path):
     return tmp_path / 'digits'
 
 
-def test_timmx_and_onnx_runtime(folder, photos, model):
-    for module in ('timmx', 'onnx', 'onnxscript', 'onnxslim', 'onnxruntime'):
-        need(module)
+def test_timmx_and_onnx_runtime(photos, model):
+    need('timmx', 'onnx', 'onnxscript', 'onnxslim', 'onnxruntime')
     images = resize(photos, [64, 64]).repeat(2, 1, 1, 1)[:3]
     page = run_page('timmx and ONNX Runtime', images=images)
     assert_equal_to(page['logits'], model(images))
 
 
-def test_openvino(folder, photos, model):
+def test_openvino(photos, model):
     need('openvino')
     images = resize(photos, [64, 96])
     page = run_page('OpenVINO', images=images)
@@ -134,7 +128,7 @@ def test_openvino(folder, photos, model):
     assert_equal_to(page['compiled'](odd.numpy())[0], model(odd))
 
 
-def test_torchvision(folder, photos, model, feature_maps):
+def test_torchvision(photos, model, feature_maps):
     images = resize(photos, [97, 131])
     page = run_page('torchvision', images=images)
     maps = feature_maps(images)
@@ -147,7 +141,7 @@ def test_torchvision(folder, photos, model, feature_maps):
     assert_equal_to(page['maps']['p5'], layer(inner(maps[4])))
 
 
-def test_grad_cam(folder, photos, model):
+def test_grad_cam(photos, model):
     need('pytorch_grad_cam')
     images = resize(photos, [224, 224])
 
@@ -161,7 +155,7 @@ def test_grad_cam(folder, photos, model):
     assert_equal_to(heatmaps, (expected - low) / (high - low), 1e-3)
 
 
-def test_torch_pruning(folder, photos, model):
+def test_torch_pruning(photos, model):
     need('torch_pruning')
     images = resize(photos, [96, 96])
     page = run_page('Torch-Pruning', images=images)
@@ -184,7 +178,7 @@ def test_torch_pruning(folder, photos, model):
     assert_equal_to(timm.utils.reparameterize_model(pruned)(images), model(images))
 
 
-def test_optimum_quanto(folder, photos, model):
+def test_optimum_quanto(photos, model):
     need('optimum.quanto')
     images = resize(photos, [64, 64])
     logits, expected = run_page('optimum-quanto', images=images)['logits'], model(images)
@@ -192,40 +186,18 @@ def test_optimum_quanto(folder, photos, model):
     assert (logits - expected).norm() < 0.5 * expected.norm()
 
 
-def test_torchmetrics(folder, photos, model):
+def test_torchmetrics(photos, model):
     need('torchmetrics')
     images = torch.cat([resize(photos, [64, 64]), resize(photos.flip(-1), [64, 64])])
     # the label is among the five best for three of the four images
     ranks = model(images).argsort(descending=True)
     labels = ranks[range(4), [0, 4, 3, 5]]
-    score = run_page('torchmetrics', images=images, labels=labels)['score']
-    assert score.item() == 0.75
-    assert accuracy(model(images), labels, topk=(5,))[0].item() == 75
+    assert run_page('torchmetrics', images=images, labels=labels)['score'].item() == 0.75
 
 
-def test_macs_of_fvcore_and_ptflops(folder):
-    need('fvcore')
-    need('ptflops')
+def test_macs_of_fvcore_and_ptflops():
+    need('fvcore', 'ptflops')
     page = run_page('fvcore and ptflops')
     expected = reference.ARCHITECTURES[NAME]
     assert page['macs'] == page['ptflops_macs'] == expected['macs']['224x224']
     assert page['parameters'] == expected['params']
-
-
-def test_fully_sharded_training(tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model('hbonet_025_4x_d8', depths=(1,) * 9)
-    sharded = copy.deepcopy(model)
-    images = torch.randn(2, 3, 64, 64)
-    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh('cpu', (1,))
-        for module in list(sharded.modules())[::-1]:
-            fully_shard(module, mesh=mesh)
-        sharded(images).square().mean().backward()
-        gradients = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
-    finally:
-        dist.destroy_process_group()
-    model(images).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad)
