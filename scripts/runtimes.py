@@ -73,6 +73,7 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float)
         raise ValueError(f'Logits differ by {error:.1e} relative, at most {tolerance:.0e} is allowed')
 
 
+@functools.lru_cache(maxsize=None)
 def create_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool = False) -> Any:
     """ONNX model of a network, re-parameterized, as a protobuf. For images of a shape, or any number of them."""
     network, images = reparameterize_model(network), torch.randn(shape)
@@ -83,13 +84,8 @@ def create_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None, verbose=False).model_proto
 
 
-@functools.lru_cache(maxsize=None)
-def export_onnx_model(network: nn.Module, shape: torch.Size) -> Any:
-    return create_onnx_model(network, shape)
-
-
 def export_onnx(network: nn.Module, images: torch.Tensor) -> Files:
-    return [export_onnx_model(network, images.shape).SerializeToString()]
+    return [create_onnx_model(network, images.shape).SerializeToString()]
 
 
 def open_onnxruntime(files: Files, threads: int, profile: Optional[Path] = None) -> Any:
@@ -117,7 +113,7 @@ def profile_onnxruntime(network: nn.Module, images: torch.Tensor, threads: int) 
     calls = [event for event in events if event['cat'] == 'Node' and event['name'].endswith('_kernel_time')]
     per_call = len(calls) // (PROFILED_CALLS + 1)
     types = collections.defaultdict(lambda: [0, 0, 0.])
-    for node in export_onnx_model(network, images.shape).graph.node:
+    for node in create_onnx_model(network, images.shape).graph.node:
         types[node.op_type][0] += 1
     for i, event in enumerate(calls[per_call:]):  # without the first call
         types[event['args']['op_name']][1] += i < per_call

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import create_network, released
 from pages import assert_equal_to
-from reference import release_state_dict
 from sklearn.datasets import load_sample_images
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,9 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def model():
-    model = timm.create_model('hbonet_035').eval().requires_grad_(False)
-    model.load_state_dict(release_state_dict('hbonet_035', torch.float32))
-    return model
+    return create_network('hbonet_010', torch.float32).requires_grad_(False)
 
 
 @pytest.fixture(scope='module')
@@ -47,8 +45,8 @@ def photos():
 
 @pytest.fixture(scope='module')
 def crops(photos):
-    """Parts of the photographs, [32, 3, 128, 128]."""
-    return torch.cat([photos[..., i:i + 128, j:j + 128] for i in (0, 90, 180, 270) for j in (0, 160, 320, 480)])
+    """Parts of the photographs, [32, 3, 64, 64]."""
+    return torch.cat([photos[..., i:i + 64, j:j + 64] for i in (0, 90, 180, 270) for j in (0, 160, 320, 480)])
 
 
 def test_reparameterization(server, folder, crops):
@@ -88,24 +86,17 @@ def test_onnx_and_int8(folder, model, fused, crops):
         onnx.numpy_helper.to_array(i) for i in onnx.load('hbonet_100_int8.onnx').graph.initializer if len(i.dims) == 4]
     # seven bits, so that two products with activations of up to 255 are below 2 ** 15 on each processor
     assert all(array.dtype == np.int8 and abs(array.astype(int)).max() <= 64 for array in weights)
-    # random weights amplify the error, which is 2 % with trained ones
-    assert F.cosine_similarity(torch.from_numpy(page['logits']), model(crops[:8])).min() > 0.95
+    # of an untrained network, 0.99 was seen
+    assert F.cosine_similarity(torch.from_numpy(page['logits']), model(crops[:8])).min() > 0.9
 
 
-@pytest.fixture(scope='module')
-def contracting():
-    """The architecture that contracts feature maps most, plain and re-parameterized."""
-    model = timm.create_model('hbonet_025_8x_d8').eval().requires_grad_(False)
-    model.load_state_dict(release_state_dict('hbonet_025_8x_d8', torch.float32))
-    return {'plain': model, 'fused': reparameterize_model(model)}
-
-
-@pytest.mark.parametrize('key, dynamo', [('plain', False), ('fused', True)])
-def test_onnx_of_odd_size(folder, contracting, photos, key, dynamo):
-    # 113 x 97, 57 x 49, 29 x 25 are pooled, and grown back to
-    image = photos[:, :, :225, :193]
-    torch.onnx.export(contracting[key], (image,), 'model.onnx', dynamo=dynamo, opset_version=18, verbose=False)
+@pytest.mark.parametrize('is_fused, dynamo', [(False, False), (True, True)])
+def test_onnx_of_odd_size(folder, photos, is_fused, dynamo):
+    # the architecture that contracts feature maps most: 57 x 49, 29 x 25, 15 x 13 are pooled, and grown back to
+    model, image = released('hbonet_025_8x_d8', torch.float32), photos[:, :, :113, :97]
+    network = reparameterize_model(model) if is_fused else model
+    torch.onnx.export(network, (image,), 'model.onnx', dynamo=dynamo, opset_version=18, verbose=False)
     onnx.checker.check_model('model.onnx', full_check=True)
     session = onnxruntime.InferenceSession('model.onnx')
     logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
-    assert_equal_to(logits, contracting['plain'](image))
+    assert_equal_to(logits, model(image))

@@ -27,7 +27,7 @@ MODULES = {
     'MNN': ('MNN', 'onnxscript'), 'Core ML': ('coremltools',), 'OpenVINO': ('openvino',),
     'ONNX Runtime': ('onnxruntime', 'onnxscript'),
 }
-SIZES = ((96, 96), (97, 111), (64, 64), (72, 72), (65, 65))
+SIZES = ((97, 111), (96, 96), (64, 64), (72, 72), (65, 65))
 
 
 def need(*names):
