@@ -1,11 +1,11 @@
 """What the training scripts and the quickstart share: options, errors, folders and files that they write, images."""
 import argparse
 import io
-import math
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence, Union
 
@@ -14,20 +14,23 @@ import timm
 import torch
 from PIL import Image, ImageOps
 from timm.utils import get_outdir
+from tqdm import tqdm
+
+RANK = int(os.environ.get('RANK', 0))  # of the process, by torchrun
+progress = partial(tqdm, leave=False, disable=RANK > 0)
 
 
 class BadInput(Exception):
     """A file or an option that the user has to change, and how. The message is one line."""
 
 
-def raise_errors(errors: Sequence[str], quiet: bool = False) -> None:
+def raise_errors(errors: Sequence[str]) -> None:
     """Name up to 20 files that are wrong, and say how many more there are."""
-    if len(errors) > 1 and not quiet:
+    if len(errors) > 1 and RANK == 0:
         print(*errors[:20], sep='\n', file=sys.stderr)
     if errors:
         more = f', and {len(errors) - 20} more' if len(errors) > 20 else ''
-        raise BadInput(
-            errors[0] if len(errors) == 1 else f'{len(errors)} are wrong: those above{more}.')
+        raise BadInput(errors[0] if len(errors) == 1 else f'{len(errors)} are wrong: those above{more}.')
 
 
 @contextmanager
@@ -44,15 +47,12 @@ def requirements() -> Iterator[None]:
 def number(kind: type, least: float, most: float = sys.maxsize) -> Callable[[str], Union[int, float]]:
     """Type of an option that takes a finite number within limits."""
     def parse(text: str) -> Union[int, float]:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:  # nan is not either
-            limits = f'of at least {least}' if most == sys.maxsize else f'from {least} to {most}'
-            name = 'a whole number' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'must be {name} {limits}, got {text!r}')
-        return value
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:  # nan is not
+                return value
+        limits = f'of at least {least}' if most == sys.maxsize else f'from {least} to {most}'
+        name = 'a whole number' if kind is int else 'a number'
+        raise argparse.ArgumentTypeError(f'must be {name} {limits}, got {text!r}')
     return parse
 
 
@@ -95,10 +95,7 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
 
 
 def create_output_dir(args: argparse.Namespace) -> None:
-    """Make --output a new folder: nothing that a call finds is overwritten.
-
-    Takes the next free number like timm's scripts, and sets `args.output_dir`.
-    """
+    """Make --output, or with the next free number, a new folder `args.output_dir`: nothing is overwritten."""
     path = args.output if args.output.name not in ('', '..') else args.output.resolve()
     try:
         path = Path(get_outdir(str(path), inc=True))  # also beside an empty one, which another run may have made
@@ -121,28 +118,17 @@ def write_file(path: Path, content: bytes) -> None:
         raise BadInput(f'{path} cannot be written: {e.strerror or e}. Make room, or give another --output.') from None
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    content = io.BytesIO()
-    image.save(content, format='PNG')
+def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
+    """Write matplotlib's figure as PNG, of so many colors if given: a file of a drawing gets small by that."""
+    figure.savefig(content := io.BytesIO(), format='png')
+    if colors:
+        image = Image.open(content).convert('RGB').quantize(colors)
+        image.save(content := io.BytesIO(), 'PNG', optimize=True)
     write_file(path, content.getvalue())
 
 
-def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
-    """Write matplotlib's figure as PNG, of so many colors if given: a file of a drawing gets small by that."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png')
-    if colors:
-        image, picture = Image.open(picture).convert('RGB'), io.BytesIO()
-        image.quantize(colors).save(picture, 'PNG', optimize=True)
-    write_file(path, picture.getvalue())
-
-
 def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
-    """Read an image (the first of several) with transparency on white.
-
-    Args:
-        mode: Pillow's name of what to convert to, 'RGB' or 'L'.
-        upright: Turn it as its EXIF data say.
+    """Read an image (the first of several) in a mode of Pillow, 'RGB' or 'L', with transparency on white.
 
     Raises:
         BadInput: If it cannot be read, or has shades of an unknown range.
@@ -168,21 +154,11 @@ def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Ima
 interrupts = []
 
 
-def interrupt(number: int, frame: Any) -> None:
-    interrupts.append(number)
-    raise KeyboardInterrupt
-
-
-def check_interrupt() -> None:
-    """End the program if Python has lost a Ctrl-C, as it does in destructors: a loader's, a progress bar's."""
+def check_interrupt(*received: Any) -> None:
+    """End the program, as the handler of Ctrl-C, and where Python has lost one, as it does in a loader's destructor."""
+    interrupts.extend(received[:1])
     if interrupts:
         raise KeyboardInterrupt
-
-
-def hide_lost_interrupt(unraisable: Any) -> None:
-    """For sys.unraisablehook: `check_interrupt` tells of a Ctrl-C that was lost, when a script ends at the latest."""
-    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
 
 
 def run_script(
@@ -192,8 +168,9 @@ def run_script(
     """Run a script's main function. What the user can mend, and Ctrl-C, end it with one line."""
     args = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it
-        signal.signal(signal.SIGINT, interrupt)
-        sys.unraisablehook = hide_lost_interrupt
+        signal.signal(signal.SIGINT, check_interrupt)
+        # of a Ctrl-C that was lost, check_interrupt tells, when the script ends at the latest
+        sys.unraisablehook = lambda e: isinstance(e.exc_value, KeyboardInterrupt) or sys.__unraisablehook__(e)
     status = 1
     try:
         main(args, parser)

@@ -6,7 +6,6 @@ mAP under the single-query protocol, with a picture of the top matches. Runs on 
 processes with torchrun. See docs/market1501.md.
 """
 import argparse
-import io
 import re
 from collections import Counter, defaultdict
 from functools import partial
@@ -18,26 +17,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from script_utils import (
-    BadInput,
-    create_model,
-    create_output_dir,
-    number,
-    raise_errors,
-    read_image,
-    requirements,
-    run_script,
-    write_file,
-)
+from script_utils import BadInput, create_model, number, progress, raise_errors, read_image, requirements, run_script
 from timm.data import resolve_model_data_config
 from timm.utils import random_seed
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-from tqdm import tqdm
-from training import add_training_options, autocast, check_overlap, restore, start_run, train
+from training import add_options, autocast, check_overlap, load_model, start_run, train, write_grid, write_table
 
 with requirements():
-    from pandas import DataFrame
     from pytorch_metric_learning.losses import TripletMarginLoss
     from pytorch_metric_learning.miners import BatchHardMiner
     from pytorch_metric_learning.samplers import MPerClassSampler
@@ -48,6 +35,7 @@ FILE_NAME = re.compile(r'(-1|[0-9]{1,18})_c([0-9]{1,18})([^0-9].*)?\.(jpe?g|png)
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 RANKS = (1, 5, 10)
 EVAL_BATCH_SIZE = 128
+TILE = (100, 200)  # width and height in pixels, of the picture of matches
 Data = Dict[str, List['Sample']]  # by folder
 
 
@@ -101,9 +89,8 @@ def read_data(args: argparse.Namespace) -> Data:
             raise BadInput(
                 f'{folder} {"has no images of identities from 1" if folder.is_dir() else "is missing"}. Give a folder '
                 f'with {TRAIN}, {QUERY} and {GALLERY}, as the archive of Market-1501 makes it.')
-        if args.rank == 0:
-            print(f'{split}: {len(samples)} images, {len(identities)} identities, {len(found) - len(samples)} left out')
-    raise_errors(errors, quiet=args.rank > 0)
+        print(f'{split}: {len(samples)} images, {len(identities)} identities, {len(found) - len(samples)} left out')
+    raise_errors(errors)
     check_overlap(args, {k: [f'identity {s.identity:04}' for s in v] for k, v in data.items() if k != QUERY})
     counts, cameras = Counter(s.identity for s in data.get(TRAIN, ())), defaultdict(set)
     for _, identity, camera in data[GALLERY]:
@@ -114,18 +101,18 @@ def read_data(args: argparse.Namespace) -> Data:
     errors += [
         f'{path} has no match: {folder} has no image of identity {identity:04} from another camera than {camera}. Add '
         f'one, or remove the query.' for path, identity, camera in data[QUERY] if not cameras[identity] - {camera}]
-    check_images([s.path for samples in data.values() for s in samples], errors, args)
+    check_images([s.path for samples in data.values() for s in samples], errors)
     return data
 
 
-def check_images(paths: Sequence[Path], errors: List[str], args: argparse.Namespace) -> None:
+def check_images(paths: Sequence[Path], errors: List[str]) -> None:
     """Read all images now, as one that is damaged would end a long run, and the next one the run after it."""
-    for path in tqdm(paths, 'Check', leave=False, disable=args.rank > 0):
+    for path in progress(paths, 'Check'):
         try:
             read_image(path)
         except BadInput as e:
             errors.append(str(e))
-    raise_errors(errors, quiet=args.rank > 0)
+    raise_errors(errors)
 
 
 def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
@@ -133,18 +120,15 @@ def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
 
     By the single-query protocol, images of the query's identity from the query's own camera are left out.
     """
-    chunks = zip(*(values.split(EVAL_BATCH_SIZE) for values in query), strict=True)  # all at once may not fit in memory
-    for embeddings, identities, cameras in chunks:
-        orders = (embeddings @ gallery.embeddings.T).argsort(dim=1, descending=True, stable=True)
-        ignored = (gallery.identities == identities[:, None]) & (gallery.cameras == cameras[:, None])
-        for order, ignore in zip(orders, ignored, strict=True):
-            yield order[~ignore[order]]
+    for embedding, identity, camera in zip(*query, strict=True):
+        order = (gallery.embeddings @ embedding).argsort(descending=True, stable=True)
+        yield order[(gallery.identities[order] != identity) | (gallery.cameras[order] != camera)]
 
 
 def compute_metrics(query: Features, gallery: Features) -> Dict[str, float]:
     """Compute mAP and CMC in percent. Each query must have a match in the gallery from another camera."""
     values = []
-    rankings = tqdm(rank_gallery(query, gallery), 'Ranking', total=len(query.identities), unit='query', leave=False)
+    rankings = progress(rank_gallery(query, gallery), 'Ranking', total=len(query.identities))
     for identity, ranking in zip(query.identities, rankings, strict=True):
         ranks = (gallery.identities[ranking] == identity).nonzero().flatten() + 1  # of the matches
         precisions = torch.arange(1, len(ranks) + 1) / ranks.double()
@@ -153,7 +137,7 @@ def compute_metrics(query: Features, gallery: Features) -> Dict[str, float]:
     return dict(zip(('mAP', *(f'rank-{r}' for r in RANKS)), (100 * means).tolist(), strict=True))
 
 
-def load_batch(items: Sequence[Tuple[Path, int]], transform: Callable) -> Tuple[torch.Tensor, torch.Tensor]:
+def load_batch(transform: Callable, items: Sequence[Tuple[Path, int]]) -> Tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([transform(read_image(path)) for path, _ in items]), torch.tensor([label for _, label in items])
 
 
@@ -169,11 +153,11 @@ def create_transform(args: argparse.Namespace, model: ReidModel, is_training: bo
 @torch.inference_mode()
 def extract(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace, desc: str) -> torch.Tensor:
     """Embeddings (N, D) of unit length on the CPU."""
-    collate = partial(load_batch, transform=create_transform(args, model, is_training=False))
+    collate = partial(load_batch, create_transform(args, model, is_training=False))
     loader = DataLoader([(p, 0) for p in paths], EVAL_BATCH_SIZE, num_workers=args.workers, collate_fn=collate)
     model.eval()
     embeddings = []
-    for images, _ in tqdm(loader, desc, leave=False):
+    for images, _ in progress(loader, desc):
         with autocast(args):
             embeddings.append(model(images.to(args.device))[0].float())
     return F.normalize(torch.cat(embeddings)).cpu()
@@ -181,20 +165,19 @@ def extract(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace, d
 
 def evaluate(model: ReidModel, data: Data, args: argparse.Namespace) -> Dict[str, float]:
     """Compute the metrics, and draw some queries, evenly chosen, each with its 10 best matches."""
-    features = []
+    features, rows = [], []
     for split in (QUERY, GALLERY):
-        paths, identities, cameras = zip(*data[split], strict=True)
-        features.append(Features(extract(model, paths, args, split), torch.tensor(identities), torch.tensor(cameras)))
+        paths, *numbers = zip(*data[split], strict=True)
+        features.append(Features(extract(model, paths, args, split), *map(torch.tensor, numbers)))
     query, gallery = features
     chosen = torch.linspace(0, len(data[QUERY]) - 1, min(8, len(data[QUERY]))).long()
-    rows = []
-    for i, ranking in zip(chosen.tolist(), rank_gallery(Features(*(v[chosen] for v in query)), gallery), strict=True):
+    for i, ranking in zip(chosen, rank_gallery(Features(*(v[chosen] for v in query)), gallery), strict=True):
         path, wanted, camera = data[QUERY][i]
-        rows.append([(path, f'query\ncamera {camera}', 'black')])
-        for path, identity, camera in (data[GALLERY][j] for j in ranking[:10].tolist()):
+        rows.append([draw(path, f'query\ncamera {camera}', 'black')])
+        for path, identity, camera in (data[GALLERY][j] for j in ranking[:10]):
             name = 'distractor' if identity == DISTRACTOR else f'{identity:04}'
-            rows[-1].append((path, f'{name}\ncamera {camera}', 'lime' if identity == wanted else 'red'))
-    draw_matches(rows, args)
+            rows[-1].append(draw(path, f'{name}\ncamera {camera}', 'lime' if identity == wanted else 'red'))
+    write_grid(args.output_dir / 'matches.png', rows, TILE)
     return compute_metrics(query, gallery)
 
 
@@ -202,26 +185,20 @@ def predict(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace) -
     """Rank images by cosine similarity to `args.predict`, in a table and a picture."""
     embeddings = extract(model, [args.predict, *paths], args, 'Images')
     similarities, order = (embeddings[1:] @ embeddings[0]).sort(descending=True, stable=True)
-    ranked = [(i, s, paths[j]) for i, (s, j) in enumerate(zip(similarities.tolist(), order, strict=True), 1)]
-    table = DataFrame(ranked, columns=['rank', 'similarity', 'image']).to_csv(index=False, float_format='%.4f')
-    write_file(args.output_dir / 'matches.csv', table.encode(errors='surrogateescape'))
-    matches = [(path, f'{i}\n{similarity:.4f}', 'gray') for i, similarity, path in ranked[:10]]
-    draw_matches([[(args.predict, 'query', 'black'), *matches]], args)
-    print(f'Table of the matches: {args.output_dir / "matches.csv"}')
+    rows = [(i, f'{s:.4f}', paths[j]) for i, (s, j) in enumerate(zip(similarities, order, strict=True), 1)]
+    write_table(args.output_dir / 'matches.csv', ['rank', 'similarity', 'image'], rows)
+    matches = [draw(path, f'{i}\n{similarity}', 'gray') for i, similarity, path in rows[:10]]
+    write_grid(args.output_dir / 'matches.png', [[draw(args.predict, 'query', 'black'), *matches]], TILE)
+    print(f'All matches, and a picture of the first: {args.output_dir / "matches.csv"} and matches.png')
 
 
-def draw_matches(rows: Sequence[Sequence[Tuple[Path, str, str]]], args: argparse.Namespace) -> None:
-    """Draw rows of images, each with its title and the color of its frame."""
-    picture = Image.new('RGB', (100 * max(map(len, rows)), 200 * len(rows)), 'white')
-    for y, row in enumerate(rows):
-        for x, (path, title, color) in enumerate(row):
-            image = read_image(path)
-            scale = min(90 / image.width, 160 / image.height)
-            image = image.resize([max(1, round(scale * length)) for length in image.size])
-            picture.paste(ImageOps.expand(image, 3, color), (100 * x, 200 * y + 30))
-            ImageDraw.Draw(picture).text((100 * x, 200 * y + 3), title, 'black')
-    picture.save(content := io.BytesIO(), format='PNG')
-    write_file(args.output_dir / 'matches.png', content.getvalue())
+def draw(path: Path, title: str, color: str) -> Image.Image:
+    """Draw an image below its title, in a frame."""
+    tile, image = Image.new('RGB', TILE, 'white'), read_image(path)
+    image.thumbnail((TILE[0] - 10, TILE[1] - 40))
+    tile.paste(ImageOps.expand(image, 3, color), (0, 30))
+    ImageDraw.Draw(tile).text((0, 3), title, 'black')
+    return tile
 
 
 def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> ReidModel:
@@ -239,7 +216,7 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
     return model.to(args.device)
 
 
-def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict], data: Data) -> Dict[str, float]:
+def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data) -> Dict[str, float]:
     """Train. Returns the metrics after the last epoch, in the first process."""
     classes = {identity: i for i, identity in enumerate(sorted({s.identity for s in data[TRAIN]}))}
     if len(classes) * args.images_per_identity < args.batch_size:
@@ -249,7 +226,7 @@ def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict]
     args.num_classes = len(classes)
     random_seed(args.seed)
     model = create_reid_model(args, args.pretrained and not checkpoint)
-    collate = partial(load_batch, transform=create_transform(args, model, is_training=True))
+    collate = partial(load_batch, create_transform(args, model, is_training=True))
     dataset = [(s.path, classes[s.identity]) for s in data[TRAIN]]
     labels, epoch_size = [label for _, label in dataset], max(args.batch_size, len(dataset) // args.world_size)
     miner, triplet_loss, metrics = BatchHardMiner(), TripletMarginLoss(margin=0.3), {}
@@ -265,17 +242,15 @@ def train_reid(args: argparse.Namespace, script: str, checkpoint: Optional[Dict]
         embeddings = embeddings.float()
         return F.cross_entropy(logits.float(), targets) + triplet_loss(embeddings, targets, miner(embeddings, targets))
 
-    def evaluate_epoch(epoch: int) -> Dict[str, float]:
-        if args.rank > 0 or ((epoch + 1) % args.eval_every and epoch + 1 < args.epochs):
-            return {}
+    def evaluate_epoch() -> Dict[str, float]:
         metrics.update(evaluate(model, data, args))
         return metrics
 
     classifiers = model.backbone.pretrained_cfg['classifier']
     train(
-        args, script, model, model.backbone, opt='adam', warmup_epochs=args.epochs // 12, create_loader=create_loader,
-        compute_loss=compute_loss, images=[path.name for path, _ in dataset], checkpoint=checkpoint,
-        evaluate=evaluate_epoch, last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
+        args, model, model.backbone, opt='adam', warmup_epochs=args.epochs // 12, create_loader=create_loader,
+        compute_loss=compute_loss, evaluate=evaluate_epoch, images=[path.name for path, _ in dataset],
+        checkpoint=checkpoint, last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
     return metrics
 
 
@@ -284,13 +259,11 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('data', type=Path, metavar='DIR',
         help=f'folder that has {TRAIN}, {QUERY} and {GALLERY}, or any images to --predict with')
-    add_training_options(parser, 'market1501', epochs=120, batch_size=64, lr=3.5e-4)
+    add_options(parser, 'market1501', epochs=120, batch_size=64, lr=3.5e-4)
     add('--image-size', type=number(int, 1), nargs=2, default=[256, 128], metavar=('HEIGHT', 'WIDTH'),
         help='(default: 256 128)')
     add('--images-per-identity', type=number(int, 2), default=4, metavar='N',
         help='in a batch, a divisor of --batch-size (default: %(default)s)')
-    add('--eval-every', type=number(int, 1), default=10, metavar='N',
-        help='evaluate after so many epochs, and at the end (default: %(default)s)')
     add('--predict', type=Path, metavar='IMAGE',
         help='with --evaluate FILE: rank all images in DIR and its folders by similarity to this one')
     return parser
@@ -308,19 +281,16 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.predict and not paths:
         raise BadInput(f'{args.data} has no images ({", ".join(EXTENSIONS)}) to rank. Give another folder.')
     if args.predict:
-        check_images([args.predict, *paths], [], args)
+        check_images([args.predict, *paths], [])
     data = {} if args.predict else read_data(args)
     if args.evaluate:
         model = create_reid_model(args)
-        restore(args.evaluate, model.backbone)
-        if args.rank == 0:
-            create_output_dir(args)
-            metrics = predict(model, paths, args) if args.predict else evaluate(model, data, args)
+        load_model(args, checkpoint, model.backbone)
+        metrics = predict(model, paths, args) if args.predict else evaluate(model, data, args)
     else:
-        metrics = train_reid(args, parser.prog, checkpoint, data)
-    if args.rank == 0:
-        if metrics:
-            print(', '.join(f'{name} {value:.2f} %' for name, value in metrics.items()))
+        metrics = train_reid(args, checkpoint, data)
+    if metrics:
+        print(', '.join(f'{name} {value:.2f} %' for name, value in metrics.items()))
         print(f'Picture of the top matches: {args.output_dir / "matches.png"}')
     if args.distributed:
         dist.destroy_process_group()

@@ -7,45 +7,27 @@ Runs on a GPU if there is one, and in several processes with torchrun. See docs/
 import argparse
 import io
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from script_utils import (
-    BadInput,
-    create_model,
-    create_output_dir,
-    number,
-    raise_errors,
-    read_image,
-    requirements,
-    run_script,
-    write_file,
-    write_image,
-)
+from PIL import Image
+from script_utils import BadInput, create_model, number, progress, raise_errors, read_image, run_script, write_file
 from timm.data import resolve_model_data_config
 from timm.utils import random_seed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes
-from tqdm import tqdm
-from training import add_training_options, autocast, check_overlap, restore, start_run, train
-from voc import CLASSES, VOC, Sample, Target, VOCScore, read_lines, read_samples, voc_score
+from training import add_options, autocast, check_overlap, load_model, start_run, train, write_grid, write_table
+from voc import CLASSES, VOC, DataFrame, Sample, Samples, Target, draw, read_lines, read_samples, voc_score
 
-with requirements():
-    import pandas as pd
-    from matplotlib import get_data_path
-
-FONT = f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf'
 TILE = 400  # width and height in pixels, of the picture of detections
 to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
@@ -69,9 +51,8 @@ class SSDLiteBackbone(nn.Module):
                 conv(out_chs // 2, out_chs, 1),
             )
             for in_chs, out_chs in zip(chs[1:], chs[2:], strict=False))
-        for module in self.extra.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.03)
+        for module in (m for m in self.extra.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=0.03)
         self.out_channels = chs
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -79,138 +60,92 @@ class SSDLiteBackbone(nn.Module):
         for block in self.extra:
             maps.append(block(maps[-1]))
         # torchvision computes the default boxes in the maps' dtype, which autocast changes
-        return OrderedDict((str(i), v.float()) for i, v in enumerate(maps))
+        return {str(i): v.float() for i, v in enumerate(maps)}
 
 
-class Float32Head(SSDLiteHead):
-    """Head with outputs in float32, since boxes are decoded in the outputs' dtype and bfloat16 has 8 bits for each."""
-
-    def forward(self, x: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
-        return {k: v.float() for k, v in super().forward(x).items()}
-
-
-def create_detector(
-        name: str,
-        image_size: int,
-        num_classes: int = len(CLASSES),
-        min_ratio: float = 0.2,
-        pretrained: bool = False,
-) -> SSD:
-    """SSDLite with torchvision's default boxes and thresholds, on a timm model.
-
-    Args:
-        name: timm model name.
-        image_size: Height and width that images are resized to.
-        num_classes: Number of classes, without the background.
-        min_ratio: Size of the smallest default boxes, as a part of the image.
-        pretrained: Load the backbone's pretrained weights.
-
-    Raises:
-        BadInput: If there is no such model or weights, or its features do not suit SSDLite.
-    """
+def create_detector(args: argparse.Namespace, pretrained: bool = False) -> SSD:
+    """SSDLite with torchvision's default boxes and thresholds on the timm model and with the classes of the options."""
     norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-    backbone = SSDLiteBackbone(name, pretrained, norm_layer)
-    anchors = DefaultBoxGenerator([[2, 3] for _ in backbone.out_channels], min_ratio=min_ratio, max_ratio=0.95)
-    head = Float32Head(backbone.out_channels, anchors.num_anchors_per_location(), num_classes + 1, norm_layer)
+    backbone = SSDLiteBackbone(args.model, pretrained, norm_layer)
+    anchors = DefaultBoxGenerator([[2, 3] for _ in backbone.out_channels], min_ratio=args.min_ratio, max_ratio=0.95)
+    num_classes = len(args.classes) + 1  # with the background
+    head = SSDLiteHead(backbone.out_channels, anchors.num_anchors_per_location(), num_classes, norm_layer)
+    # boxes are decoded in the outputs' dtype, and bfloat16 has 8 bits for each coordinate
+    head.register_forward_hook(lambda module, inputs, outputs: {k: v.float() for k, v in outputs.items()})
     data_config = resolve_model_data_config(backbone.features)
     return SSD(
-        backbone, anchors, (image_size, image_size), num_classes + 1, head=head,
-        image_mean=data_config['mean'], image_std=data_config['std'])
+        backbone, anchors, (args.image_size, args.image_size), num_classes, head=head, image_mean=data_config['mean'],
+        image_std=data_config['std']).to(args.device)
 
 
 def collate(batch: Sequence[Tuple[torch.Tensor, Target]]) -> Tuple[Tuple[torch.Tensor, ...], Tuple[Target, ...]]:
     return tuple(zip(*batch, strict=True))
 
 
-def create_loader(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> DataLoader:
-    return DataLoader(
-        dataset, args.batch_size, collate_fn=collate, num_workers=args.workers,
-        pin_memory=args.device.startswith('cuda'), **kwargs)
-
-
 @torch.inference_mode()
-def evaluate(model: SSD, dataset: VOC, args: argparse.Namespace) -> Optional[VOCScore]:
-    """Score the model on all images, shared among the processes. Returns None in processes after the first."""
+def evaluate(model: SSD, dataset: VOC, args: argparse.Namespace) -> DataFrame:
+    """Score the model on all images."""
     model.eval()
-    share = Subset(dataset, range(args.rank, len(dataset), args.world_size))
-    results = []
-    for images, targets in tqdm(create_loader(share, args), 'Test', disable=args.rank > 0, leave=False):
+    found, targets = [], []
+    loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.workers)
+    for images, batch in progress(loader, 'Test'):
         with autocast(args):
-            detections = model([i.to(args.device) for i in images])
-        results += zip([{k: v.cpu() for k, v in d.items()} for d in detections], targets, strict=True)
-    if args.distributed:
-        gathered = [None] * args.world_size if args.rank == 0 else None
-        dist.gather_object(results, gathered)
-        results = sum(gathered, []) if args.rank == 0 else None
-    return voc_score(*zip(*results, strict=True), args.classes) if args.rank == 0 else None
-
-
-def draw(image: Image.Image, boxes: Sequence, captions: List[str], color: str, note: str) -> Image.Image:
-    """Give the image with boxes, or with a note if there are none."""
-    size, image = max(10, min(image.size) // 30), image.copy()
-    if not boxes:
-        font = ImageFont.truetype(FONT, size)
-        ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
-        return image
-    return v2.functional.to_pil_image(draw_bounding_boxes(
-        v2.functional.pil_to_tensor(image), torch.tensor(boxes), captions, color, width=max(1, size // 6), font=FONT,
-        font_size=size))
+            found += [{k: v.cpu() for k, v in d.items()} for d in model([i.to(args.device) for i in images])]
+        targets += batch
+    return voc_score(found, targets, args.classes)
 
 
 @torch.inference_mode()
-def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[List[Tuple[Any, ...]], Image.Image]:
+def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[List[Tuple], Image.Image]:
     """Class, score and corners in pixels of what is found with --min-score or more, and the image with it."""
     with autocast(args):
         found = model.eval()([to_tensor(image).to(args.device)])[0]
-    found = {k: v[found['scores'] >= args.min_score].tolist() for k, v in found.items()}
-    names, boxes, scores = [args.classes[i - 1] for i in found['labels']], found['boxes'], found['scores']
-    captions = [f'{name} {score:.2f}' for name, score in zip(names, scores, strict=True)]
-    drawn = draw(image, boxes, captions, 'yellow', f'nothing above {args.min_score:g}')
-    return [(name, score, *box) for name, score, box in zip(names, scores, boxes, strict=True)], drawn
+    high = found['scores'] >= args.min_score
+    labels, scores, boxes = (found[k][high].tolist() for k in ('labels', 'scores', 'boxes'))
+    rows = [(args.classes[i - 1], score, *box) for i, score, box in zip(labels, scores, boxes, strict=True)]
+    captions = [f'{name} {score:.2f}' for name, score, *_ in rows]
+    return rows, draw(image, boxes, captions, 'yellow', f'nothing above {args.min_score:g}')
 
 
 def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> None:
     """Write a picture of eight images from all of a list, each with its true boxes and beside it with those found."""
-    chosen = [samples[i] for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()]
-    picture = Image.new('RGB', (4 * TILE, (len(chosen) + 1) // 2 * TILE), 'white')
-    for i, sample in enumerate(chosen):
+    tiles, path = [], args.output_dir / 'detections.png'
+    for sample in (samples[i] for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()):
         image = read_image(sample.image, upright=False)
-        true = draw(image, sample.boxes, list(sample.names), 'lime', 'no objects')
-        for j, drawn in enumerate([true, detect(model, image, args)[1]], 2 * i):
-            picture.paste(ImageOps.contain(drawn, (TILE - 4, TILE - 4)), (j % 4 * TILE, j // 4 * TILE))
-    write_image(args.output_dir / 'detections.png', picture)
-    print(f'Picture of detections, true ones on the left: {args.output_dir / "detections.png"}')
+        tiles += [draw(image, sample.boxes, sample.names, 'lime', 'no objects'), detect(model, image, args)[1]]
+    for tile in tiles:
+        tile.thumbnail((TILE - 4, TILE - 4))
+    write_grid(path, [tiles[i:i + 4] for i in range(0, len(tiles), 4)], (TILE, TILE))
+    print(f'Picture of detections, true ones on the left: {path}')
 
 
 def predict(model: SSD, args: argparse.Namespace) -> None:
     """Draw what is found on each photograph, upright and in its own shape, and write a table of it."""
     rows, errors = [], []
-    for i, photo in enumerate(tqdm(args.predict, 'Photographs', leave=False), 1):
+    for i, photo in enumerate(progress(args.predict, 'Photographs'), 1):
         try:
             found, drawn = detect(model, read_image(photo), args)
-            rows += [(photo, *row) for row in found]
-            write_image(args.output_dir / f'{i}_{photo.stem}.png', drawn)
+            rows += [(photo, name, *(f'{v:.4f}' for v in numbers)) for name, *numbers in found]
+            write_grid(args.output_dir / f'{i}_{photo.stem}.png', [[drawn]], drawn.size)
         except BadInput as e:
             errors.append(str(e))
-    table = pd.DataFrame(rows, columns=['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax'])
-    content = table.to_csv(index=False, float_format='%.4f').encode(errors='surrogateescape')
-    write_file(args.output_dir / 'detections.csv', content)
+    columns = ['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax']
+    write_table(args.output_dir / 'detections.csv', columns, rows)
     print(f'Photographs with boxes, and detections.csv: {args.output_dir}')
     raise_errors(errors)
 
 
 def export(model: SSD, args: argparse.Namespace) -> None:
     """Write ONNX of the whole detector: an image [3, H, W] of 0 to 1 in, and boxes, scores and labels out."""
-    content, names = io.BytesIO(), ['boxes', 'scores', 'labels']
+    path, content, names = args.output_dir / 'detector.onnx', io.BytesIO(), ['boxes', 'scores', 'labels']
     image = torch.rand(3, args.image_size, args.image_size, device=args.device)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of torchvision's code in the older exporter, the one that takes it
         torch.onnx.export(
             model.eval(), ([image],), content, dynamo=False, input_names=['image'], output_names=names,
             dynamic_axes={'image': {1: 'height', 2: 'width'}, **{n: {0: 'found'} for n in names}})
-    write_file(args.output_dir / 'detector.onnx', content.getvalue())
-    labels = ', '.join(f'{i} {n}' for i, n in enumerate(args.classes, 1))
-    print(f'Detector with labels {labels}: {args.output_dir / "detector.onnx"}')
+    write_file(path, content.getvalue())
+    print(f'Detector with labels {", ".join(f"{i} {n}" for i, n in enumerate(args.classes, 1))}: {path}')
 
 
 def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
@@ -226,21 +161,21 @@ def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
             raise BadInput(
                 f'{data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
                 f'a folder that has.')
-        if len(years) == 1 and not args.train_lists and not args.evaluate and args.rank == 0:
+        if len(years) == 1 and not args.train_lists and not args.evaluate:
             print(f'{data} has {years[0]} only. The other of VOC2007 and VOC2012 is left out.')
     names = dict(test=[args.test_list or test_list])
     if not args.evaluate:
-        names = dict(train=args.train_lists or train_lists, val=[args.val_list] if args.val_list else [], **names)
-    paths = {k: [Path(n.removesuffix('.txt')) for n in v] for k, v in names.items() if v}
-    return {k: [data / p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items()}
+        names = dict(train=args.train_lists or train_lists, val=[args.val_list], **names)
+    paths = {k: [data / n.removesuffix('.txt') for n in v if n] for k, v in names.items()}
+    return {k: [p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items() if v}
 
 
-def read_data(args: argparse.Namespace) -> Dict[str, List[Sample]]:
+def read_data(args: argparse.Namespace) -> Samples:
     """Read and check the lists, set `args.classes`, and print how many objects each list has."""
     lists = find_lists(args)
     if lists.get('val') == lists['test']:
         raise BadInput('--val-list must be another list than that to test on: what chooses the best is flattered.')
-    samples = read_samples(lists, args.classes, quiet=args.rank > 0)
+    samples = read_samples(lists, args.classes)
     check_overlap(args, {f'the {k} list': [str(i.image.resolve()) for i in s] for k, s in samples.items()})
     counts = {k: Counter(n for i in s for n in i.names) for k, s in samples.items()}
     known = counts.get('train', args.classes)
@@ -250,22 +185,16 @@ def read_data(args: argparse.Namespace) -> Dict[str, List[Sample]]:
             raise BadInput(
                 f'{lists[key][0]} has {count[name]} objects of class {name!r}, and the train list has none. Correct '
                 f'the class, or give other lists.')
-        if args.rank == 0:
-            objects = ', '.join(f'{n} {count[n]}' for n in args.classes)
-            print(f'{key}: {len(samples[key])} images with {objects}', flush=True)
+        objects = ', '.join(f'{n} {count[n]}' for n in args.classes)
+        print(f'{key}: {len(samples[key])} images with {objects}', flush=True)
     return samples
 
 
 def train_detector(
-        args: argparse.Namespace,
-        script: str,
-        checkpoint: Optional[Dict[str, Any]],
-        samples: Dict[str, List[Sample]],
-) -> Tuple[SSD, Optional[VOCScore]]:
+        args: argparse.Namespace, checkpoint: Optional[Dict], samples: Samples) -> Tuple[SSD, Optional[DataFrame]]:
     """Train. Returns the model, the best if there is a list to choose it by, and its score."""
     random_seed(args.seed, args.rank)
-    pretrained = args.pretrained and not checkpoint
-    model = create_detector(args.model, args.image_size, len(args.classes), args.min_ratio, pretrained).to(args.device)
+    model = create_detector(args, args.pretrained and not checkpoint)
     augmentation = [v2.RandomHorizontalFlip()]
     if args.augmentation == 'ssd':
         fill = [round(255 * m) for m in model.transform.image_mean]
@@ -273,8 +202,7 @@ def train_detector(
             v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()]
     transforms = v2.Compose([v2.ToImage(), *augmentation, v2.ToDtype(torch.float32, scale=True)])
     train_set = VOC(samples['train'], args.classes, transforms)
-    test_set = VOC(samples['test'], args.classes, to_tensor)
-    val_set = VOC(samples['val'], args.classes, to_tensor) if args.val_list else test_set
+    test_set, val_set = (VOC(samples[k], args.classes, to_tensor) for k in ('test', 'val' if args.val_list else 'test'))
     sampler = DistributedSampler(train_set, args.world_size, args.rank, seed=args.seed)
     if len(sampler) < args.batch_size:
         raise BadInput(
@@ -285,40 +213,28 @@ def train_detector(
     def create_epoch_loader(epoch: int) -> DataLoader:
         sampler.set_epoch(epoch)
         # the last, smaller batch is dropped: a batch of one image has no statistics on the smallest map
-        return create_loader(train_set, args, sampler=sampler, drop_last=True)
+        return DataLoader(
+            train_set, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.workers, drop_last=True)
 
     def compute_loss(parallel: nn.Module, batch: Tuple[Sequence[torch.Tensor], Sequence[Target]]) -> torch.Tensor:
-        images = [i.to(args.device, non_blocking=True) for i in batch[0]]
-        targets = [{k: t[k].to(args.device, non_blocking=True) for k in ('boxes', 'labels')} for t in batch[1]]
+        images = [i.to(args.device) for i in batch[0]]
+        targets = [{k: t[k].to(args.device) for k in ('boxes', 'labels')} for t in batch[1]]
         with autocast(args):
             return sum(parallel(images, targets).values())
 
-    def evaluate_epoch(epoch: int) -> Dict[str, float]:
+    def evaluate_epoch() -> Dict[str, float]:
         nonlocal score
-        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
-            return {}
         score = evaluate(model, val_set, args)
-        if not score:
-            return {}
-        return dict(
-            map_11point=score.map_11point, map_area=score.map_area, map_50_95=score.map_50_95,
-            **{f'{name} AP area': ap for name, ap in score.ap_area.items()})
+        return {**score.mean().add_prefix('map_').to_dict(), **score['area'].add_suffix(' AP area').to_dict()}
 
     train(
-        args, script, model, model, opt='momentum', warmup_epochs=1, create_loader=create_epoch_loader,
-        compute_loss=compute_loss, images=[str(s.image.relative_to(args.data)) for s in samples['train']],
-        checkpoint=checkpoint, evaluate=evaluate_epoch, best_by='map_area' if args.val_list else '',
+        args, model, model, opt='momentum', warmup_epochs=1, create_loader=create_epoch_loader,
+        compute_loss=compute_loss, evaluate=evaluate_epoch, checkpoint=checkpoint,
+        images=[str(s.image.relative_to(args.data)) for s in samples['train']],
+        best_by='map_area' if args.val_list else '',
         last_layers=tuple(
             f'head.classification_head.module_list.{i}.1.' for i in range(len(model.backbone.out_channels))))
-    if args.val_list:
-        if args.rank == 0:
-            epochs = restore(args.output_dir / 'best.pth', model)
-            print(f'The best of the val list is of epoch {epochs}, and is tested now.')
-        if args.distributed:
-            for value in model.state_dict().values():
-                dist.broadcast(value, 0)
-        score = evaluate(model, test_set, args)
-    return model, score
+    return model, evaluate(model, test_set, args) if args.val_list and args.rank == 0 else score
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -327,7 +243,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('data', type=Path, nargs='?', metavar='DIR',
         help='folder with Annotations, JPEGImages and ImageSets/Main, or VOCdevkit with VOC2007 and VOC2012; not for '
         '--predict and --export')
-    add_training_options(parser, 'voc', epochs=200, batch_size=32, lr=0.01)
+    add_options(parser, 'voc', epochs=200, batch_size=32, lr=0.01)
     add('--train-lists', nargs='+', metavar='LIST',
         help='lists of ImageSets/Main to train on, as trainval, in VOCdevkit VOC2007/trainval (default: trainval, or '
         'else train; VOC2007/trainval and VOC2012/trainval)')
@@ -344,8 +260,6 @@ def create_parser() -> argparse.ArgumentParser:
         '%(default)s)')
     add('--augmentation', choices=['ssd', 'hflip'], default='ssd',
         help="'ssd' distorts colours, zooms out, crops and flips, 'hflip' flips only (default: %(default)s)")
-    add('--eval-every', type=number(int, 1), default=10, metavar='N',
-        help='evaluate after so many epochs, and at the end (default: %(default)s)')
     add('--predict', type=Path, nargs='+', metavar='PHOTO',
         help='with --evaluate FILE: draw what is found in photographs, and write a table of it')
     add('--export', action='store_true', help='with --evaluate FILE: write ONNX of the whole detector')
@@ -366,24 +280,19 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise BadInput(f'--classes has a name twice: {", ".join(args.classes)}. Give each once.')
     samples = None if args.predict or args.export else read_data(args)
     if args.evaluate:
-        model = create_detector(args.model, args.image_size, len(args.classes), args.min_ratio).to(args.device)
-        restore(args.evaluate, model)
+        model = create_detector(args)
+        load_model(args, checkpoint, model)
         if samples:
             score = evaluate(model, VOC(samples['test'], args.classes, to_tensor), args)
-        if args.rank == 0:
-            create_output_dir(args)
     else:
-        model, score = train_detector(args, parser.prog, checkpoint, samples)
-    if args.rank == 0 and args.export:
+        model, score = train_detector(args, checkpoint, samples)
+    if args.export:
         export(model, args)
-    if args.rank == 0 and args.predict:
+    if args.predict:
         predict(model, args)
-    if score:
-        table = pd.DataFrame({'11-point': score.ap_11point, 'area': score.ap_area, '0.50:0.95': score.ap_50_95})
-        print(table.to_string(float_format='%.4f'))
-        print(
-            f'mAP at IoU 0.5: 11-point {score.map_11point:.4f}, area {score.map_area:.4f}; at 0.50:0.95 '
-            f'{score.map_50_95:.4f}')
+    if score is not None:
+        print(score.to_string(float_format='%.4f'))
+        print('mAP at IoU 0.5: 11-point {:.4f}, area {:.4f}; at 0.50:0.95 {:.4f}'.format(*score.mean()))
         draw_samples(model, samples['test'], args)
     if args.distributed:
         dist.destroy_process_group()

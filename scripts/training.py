@@ -1,54 +1,37 @@
 """The training loop of the training scripts. A run can end at any time, and continue to the result of a whole one."""
 import argparse
+import csv
 import hashlib
 import io
 import itertools
 import math
 import os
 import shutil
+import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
-from script_utils import (
-    BadInput,
-    add_run_options,
-    check_interrupt,
-    create_output_dir,
-    number,
-    requirements,
-    write_file,
-)
-from timm.models import resume_checkpoint
+from PIL import Image
+from script_utils import BadInput, add_run_options, check_interrupt, create_output_dir, number, progress, write_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-with requirements():
-    import pandas as pd
 
 CHECKPOINT_KEYS = {'script', 'options', 'images', 'world_size', 'history', 'epoch', 'state_dict', 'optimizer'}
 # every other option makes a run what it is, and is kept in its checkpoints
 FREE_OPTIONS = {
     'data', 'output', 'output_dir', 'evaluate', 'resume', 'init', 'predict', 'export', 'min_score', 'allow_overlap',
-    'pretrained', 'device', 'workers', 'distributed', 'rank', 'local_rank', 'world_size'}
+    'pretrained', 'device', 'workers', 'distributed', 'rank', 'local_rank', 'world_size', 'script'}
 # what a model is made with
 MODEL_OPTIONS = {'model', 'image_size', 'classes', 'min_ratio'}
 
 
-def add_training_options(
-        parser: argparse.ArgumentParser,
-        output: str,
-        epochs: int,
-        batch_size: int,
-        lr: float,
-) -> None:
+def add_options(parser: argparse.ArgumentParser, output: str, epochs: int, batch_size: int, lr: float) -> None:
     add = parser.add_argument
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -69,13 +52,15 @@ def add_training_options(
     add('--allow-overlap', action='store_true', help='go on if what is tested on is trained on too')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
+    add('--eval-every', type=number(int, 1), default=10, metavar='N',
+        help='evaluate after so many epochs, and at the end (default: %(default)s)')
     add('--workers', type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load images, for each process (default: %(default)s)')
 
 
 def start_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Optional[Dict[str, Any]]:
     """Set up the device and processes. Options are taken from a checkpoint, which is returned."""
-    checkpoint, path = None, args.resume or args.evaluate or args.init
+    checkpoint, path, args.script = None, args.resume or args.evaluate or args.init, parser.prog
     if path:
         checkpoint = load_checkpoint(path, parser.prog)
         options = dict(checkpoint['options'])
@@ -89,6 +74,10 @@ def start_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
                     f'{path} was made with --{name.replace("_", "-")} {options[name]}, not {getattr(args, name)}. '
                     f'Leave the option out, or give another file.')
     init_distributed_device(args)
+    if args.rank > 0:  # the first process evaluates, and speaks for all
+        if args.evaluate:
+            sys.exit()
+        sys.stdout = open(os.devnull, 'w')
     return checkpoint
 
 
@@ -106,11 +95,7 @@ def load_checkpoint(path: Path, script: str) -> Dict[str, Any]:
 
 
 def check_overlap(args: argparse.Namespace, images: Dict[str, Sequence[Any]]) -> None:
-    """Compare lists, each with all others.
-
-    Raises:
-        BadInput: If one has an image or identity of another, and it is not allowed.
-    """
+    """Raise BadInput if a list has an image or identity of another, and it is not allowed."""
     for (name, first), (other, second) in itertools.combinations(images.items(), 2):
         known = set(first)
         both = [i for i in dict.fromkeys(second) if i in known]
@@ -120,32 +105,40 @@ def check_overlap(args: argparse.Namespace, images: Dict[str, Sequence[Any]]) ->
                 f'Their score would say nothing of what is new. Give other data, or --allow-overlap.')
 
 
-def restore(path: Path, *parts: Any) -> int:
-    """Load weights and what else is given from a checkpoint. Returns the number of epochs that it had."""
-    with fitting(path):
-        return resume_checkpoint(parts[0], str(path), *parts[1:], log_info=False)
-
-
-@contextmanager
-def fitting(path: Path) -> Iterator[None]:
+def restore(path: Path, checkpoint: Dict[str, Any], model: torch.nn.Module, own: Tuple[str, ...] = (), **parts) -> None:
+    """Load weights, but those whose names start with `own`, and the states of other parts."""
     try:
-        yield
+        kept = {k: v for k, v in model.state_dict().items() if k.startswith(own)}
+        model.load_state_dict({**checkpoint['state_dict'], **kept})
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as e:
         raise BadInput(
             f'{path} does not fit the model: {e} Give a file that was written with this --model, and these versions of '
             f'timm and timm-hbonet.') from None
 
 
-def write_run(folder: Path, state: Dict[str, Any], is_best: bool) -> None:
-    """Write a checkpoint in the layout of timm's CheckpointSaver, and the history of the run as a table.
+def load_model(args: argparse.Namespace, checkpoint: Dict[str, Any], model: torch.nn.Module) -> None:
+    """Restore what `--evaluate` names, and make the folder for what comes of it."""
+    restore(args.evaluate, checkpoint, model)
+    create_output_dir(args)
 
-    The saver itself deletes the last checkpoint before it renames the next, so that a kill in between leaves none.
-    """
-    content = io.BytesIO()
-    torch.save(state, content)
-    for name in ['best.pth', 'last.pth'] if is_best else ['last.pth']:
-        write_file(folder / name, content.getvalue())
-    write_file(folder / 'summary.csv', pd.DataFrame(state['history']).to_csv(index=False).encode())
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write CSV in UTF-8, and names of files that are not in it as they are."""
+    writer = csv.writer(content := io.StringIO(), lineterminator='\n')
+    writer.writerows([columns, *rows])
+    write_file(path, content.getvalue().encode(errors='surrogateescape'))
+
+
+def write_grid(path: Path, rows: Sequence[Sequence[Image.Image]], size: Tuple[int, int]) -> None:
+    """Write a picture of rows of images, each at the upper left of a tile."""
+    picture = Image.new('RGB', (size[0] * max(map(len, rows)), size[1] * len(rows)), 'white')
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            picture.paste(image, (size[0] * x, size[1] * y))
+    picture.save(content := io.BytesIO(), 'PNG')
+    write_file(path, content.getvalue())
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -154,33 +147,30 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 def train(
         args: argparse.Namespace,
-        script: str,
         model: torch.nn.Module,
         weights: torch.nn.Module,
         opt: str,
         warmup_epochs: int,
         create_loader: Callable[[int], DataLoader],
         compute_loss: Callable[[torch.nn.Module, Any], torch.Tensor],
+        evaluate: Callable[[], Dict[str, float]],
         images: Sequence[str],
-        checkpoint: Optional[Dict[str, Any]] = None,
-        evaluate: Callable[[int], Dict[str, float]] = lambda epoch: {},
+        checkpoint: Optional[Dict[str, Any]],
         best_by: str = '',
         last_layers: Tuple[str, ...] = (),
 ) -> None:
     """Train, and after each epoch write `last.pth` and `summary.csv` to a new folder.
 
+    If there is a score to choose it by, the model is the best in the end.
+
     Args:
-        args: Options of the script.
-        script: Its name.
         model: What `compute_loss` is called with, in the form for several processes if there are.
         weights: The part of the model that is saved.
-        opt: timm optimizer.
-        warmup_epochs: Epochs in which the learning rate rises.
         create_loader: Gives the loader of an epoch. Numbers that it draws are seeded by the epoch.
         compute_loss: Gives the loss of the model for a batch.
+        evaluate: Gives scores. Called in the first process only. Those whose name starts with map or rank are printed.
         images: Names that say which data are trained on.
         checkpoint: That of `args.resume` or `args.init`.
-        evaluate: Gives scores after an epoch. Those whose name starts with map are printed.
         best_by: Name of a score. The epoch that has the highest is kept in `best.pth` too.
         last_layers: Beginnings of the names of weights that `args.init` leaves out.
 
@@ -191,27 +181,26 @@ def train(
     updates = len(create_loader(0))
     optimizer = create_optimizer_v2(model, opt, lr=args.lr, weight_decay=args.weight_decay)
     scaler = NativeScaler(torch.device(args.device).type) if args.amp and args.amp_dtype == 'float16' else None
+    parts = dict(optimizer=optimizer, **({scaler.state_dict_key: scaler} if scaler else {}))
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', args.epochs, warmup_epochs=warmup_epochs, warmup_lr=args.lr / 100, step_on_epochs=False,
         updates_per_epoch=updates)
     start_epoch, history = 0, []
     if args.init:
-        own = {k: v for k, v in weights.state_dict().items() if k.startswith(last_layers)}
-        with fitting(args.init):
-            weights.load_state_dict({**checkpoint['state_dict'], **own})
+        restore(args.init, checkpoint, weights, own=last_layers)
     elif checkpoint:
-        made_with = (checkpoint['images'], checkpoint['world_size'])
-        if made_with != (digest, args.world_size):
+        if (checkpoint['images'], checkpoint['world_size']) != (digest, args.world_size):
             raise BadInput(
-                f'{args.resume} is of a run with other images or in {made_with[1]} processes, not {args.world_size}. '
-                f'Continue it with the data and the number of processes that it had.')
-        start_epoch, history = restore(args.resume, weights, optimizer, scaler), checkpoint['history']
+                f'{args.resume} is of a run with other images or in {checkpoint["world_size"]} processes, not '
+                f'{args.world_size}. Continue it with the data and the number of processes that it had.')
+        start_epoch, history = checkpoint['epoch'] + 1, checkpoint['history']
         if start_epoch >= args.epochs:
             raise BadInput(f'{args.resume} has all {args.epochs} epochs. Give it to --evaluate.')
-    scores = [row[best_by] for row in history if best_by in row]
+        restore(args.resume, checkpoint, weights, **parts)
+    best = max((row[best_by] for row in history if best_by in row), default=-1)
     if args.rank == 0:
         create_output_dir(args)
-        if scores:
+        if best >= 0:
             shutil.copy(args.resume.with_name('best.pth'), args.output_dir)
 
     parallel = DistributedDataParallel(model) if args.distributed else model
@@ -221,8 +210,7 @@ def train(
         model.train()
         start = time.monotonic()
         mean = torch.zeros((), device=args.device)
-        progress = tqdm(create_loader(epoch), f'Epoch {epoch + 1}', leave=False, disable=args.rank > 0)
-        for update, batch in enumerate(progress, epoch * updates + 1):
+        for update, batch in enumerate(progress(create_loader(epoch), f'Epoch {epoch + 1}'), epoch * updates + 1):
             check_interrupt()
             loss = compute_loss(parallel, batch)
             if not math.isfinite(loss.item()):
@@ -242,22 +230,28 @@ def train(
         if mean == 0:
             raise BadInput(
                 f'The loss of epoch {epoch + 1} is exactly 0: its batches had nothing to learn from. Check the data.')
+        if args.rank > 0:
+            continue
         seconds = round(time.monotonic() - start, 1)
-        row = dict(epoch=epoch + 1, loss=mean.item(), lr=lr, seconds=seconds)
-        row.update(evaluate(epoch))
-        history.append(row)
-        is_best = row.get(best_by, -1) > max(scores, default=-1)
-        scores.append(row.get(best_by, -1))
-        if args.rank == 0:
-            state = dict(
-                script=script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}, images=digest,
-                world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
-                state_dict=weights.state_dict(), optimizer=optimizer.state_dict())
-            if scaler:
-                state[scaler.state_dict_key] = scaler.state_dict()
-            write_run(args.output_dir, state, is_best)
-            found = ''.join(
-                f', {k.replace("map", "mAP")} {v:.4f}' for k, v in row.items() if k.lower().startswith(('map', 'rank')))
-            print(
-                f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}, learning rate {lr:.3g}, '
-                f'{seconds} s{found}', flush=True)
+        scores = evaluate() if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs else {}
+        history.append(dict(epoch=epoch + 1, loss=mean.item(), lr=lr, seconds=seconds, **scores))
+        state = dict(
+            script=args.script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}, images=digest,
+            world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
+            state_dict=weights.state_dict(), **{k: part.state_dict() for k, part in parts.items()})
+        torch.save(state, content := io.BytesIO())
+        # the layout is that of timm's CheckpointSaver, which deletes the last file before it renames the next
+        for name in ['best.pth', 'last.pth'] if scores.get(best_by, -1) > best else ['last.pth']:
+            write_file(args.output_dir / name, content.getvalue())
+        best = max(best, scores.get(best_by, -1))
+        columns = list(dict.fromkeys(k for row in history for k in row))
+        write_table(args.output_dir / 'summary.csv', columns, ([row.get(k, '') for k in columns] for row in history))
+        found = ''.join(
+            f', {k.replace("map", "mAP")} {v:.4f}' for k, v in scores.items() if k.lower().startswith(('map', 'rank')))
+        print(
+            f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}, learning rate {lr:.3g}, {seconds} s{found}',
+            flush=True)
+    if best_by and args.rank == 0:
+        checkpoint = load_checkpoint(args.output_dir / 'best.pth', args.script)
+        weights.load_state_dict(checkpoint['state_dict'])
+        print(f'The best of the val list is of epoch {checkpoint["epoch"] + 1}, and is tested now.')

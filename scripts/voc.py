@@ -1,6 +1,5 @@
-"""Data sets in the layout of PASCAL VOC, and their scores."""
+"""Data sets in the layout of PASCAL VOC, their pictures and scores."""
 import codecs
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -8,19 +7,26 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 import torch
-from script_utils import BadInput, raise_errors, read_image, requirements
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from script_utils import BadInput, progress, raise_errors, read_image, requirements
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.tv_tensors import BoundingBoxes
-from tqdm import tqdm
+from torchvision.utils import draw_bounding_boxes
 
 with requirements():
     import pycocotools  # noqa: F401, which the metric needs
+    from matplotlib import get_data_path
+    from pandas import DataFrame
     from torchmetrics.detection import MeanAveragePrecision
 
 CLASSES = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+NUMBER = re.compile(r'[-+]?(\d{1,9}\.?\d*|\.\d+)(e[-+]?\d\d?)?', re.ASCII | re.IGNORECASE)  # float() takes 1_0 as 10
+FONT = f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf'
 
 Target = Dict[str, torch.Tensor]
 
@@ -31,6 +37,9 @@ class Sample(NamedTuple):
     names: Tuple[str, ...]
     boxes: Tuple[Tuple[float, ...], ...]
     difficult: Tuple[bool, ...]
+
+
+Samples = Dict[str, List[Sample]]  # by list
 
 
 class VOC(Dataset):
@@ -52,29 +61,23 @@ class VOC(Dataset):
             difficult=torch.tensor(sample.difficult, dtype=torch.bool)))
 
 
-def read_samples(
-        lists: Dict[str, List[Path]],
-        classes: Optional[Sequence[str]],
-        quiet: bool,
-) -> Dict[str, List[Sample]]:
+def read_samples(lists: Dict[str, List[Path]], classes: Optional[Sequence[str]]) -> Samples:
     """Read and check all that lists name.
 
     Args:
         lists: Files, each in `ImageSets/Main` of a folder that has `JPEGImages` and `Annotations` too.
         classes: What objects may be. None for anything.
-        quiet: Show no progress.
 
     Raises:
         BadInput: If files are missing, unreadable or wrong. The first 20 are named.
     """
     samples, known, errors = {k: [] for k in lists}, {}, []
     for key, path in ((k, p) for k, paths in lists.items() for p in paths):
-        folder, images = path.parents[2], defaultdict(list)
-        texts = read_lines(path)
+        folder, images, lines = path.parents[2], defaultdict(list), read_lines(path)
         for image in sorted((folder / 'JPEGImages').rglob('*')):
             name, extension = split_name(image.relative_to(folder / 'JPEGImages').as_posix())
             images[name] += [image] if extension else []
-        for line, text in enumerate(tqdm(texts, f'{folder.name} {path.stem}', disable=quiet, leave=False), 1):
+        for line, text in enumerate(progress(lines, f'{folder.name} {path.stem}'), 1):
             try:
                 if not text:
                     continue
@@ -83,11 +86,9 @@ def read_samples(
                     raise ValueError(f'{name} is in {known[key, image]} too. Remove one of them.')
                 known[key, image] = f'{path}, line {line}'
                 samples[key].append(read_annotation(folder / 'Annotations' / f'{name}.xml', image, classes))
-            except ValueError as e:
-                errors.append(f'{path}, line {line}: {e}')
-            except BadInput as e:
-                errors.append(str(e))
-    raise_errors(errors, quiet)
+            except (BadInput, ValueError) as e:
+                errors.append(str(e) if isinstance(e, BadInput) else f'{path}, line {line}: {e}')
+    raise_errors(errors)
     for key, found in samples.items():
         if all(all(s.difficult) for s in found):
             raise BadInput(
@@ -98,15 +99,12 @@ def read_samples(
 
 def read_text(path: Path) -> str:
     """Text in the encoding of its mark or XML declaration, or else UTF-8. Python has more than the parser, as GBK."""
+    content = path.read_bytes()
+    declared = re.match(rb'\s*<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)', content)
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = 'utf-16' if utf_16 else declared[1].decode() if declared else 'utf-8-sig'
     try:
-        content = path.read_bytes()
-        declared = re.match(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)', content.lstrip())
-        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = 'utf-16' if utf_16 else declared[1].decode() if declared else 'utf-8-sig'
-        text = content.decode(encoding)
-        if '\0' in text:
-            raise UnicodeDecodeError(encoding, content, content.index(b'\0'), len(content), 'zero')
-        return text
+        return content.decode(encoding)
     except LookupError:
         raise BadInput(f'{path}: its encoding {encoding!r} is not known. Save it in UTF-8.') from None
     except UnicodeDecodeError as e:
@@ -121,8 +119,8 @@ def read_lines(path: Path) -> List[str]:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except OSError as e:
         raise BadInput(f'{path} cannot be read: {e.strerror}. Give a folder and lists as --help says.') from None
-    if not any(lines):
-        raise BadInput(f'{path} names nothing. Write one name in each line.')
+    if not any(lines) or '\0' in ''.join(lines):  # UTF-16 without its mark
+        raise BadInput(f'{path} names nothing. Write one name in each line, in UTF-8.')
     return lines
 
 
@@ -132,8 +130,8 @@ def split_name(name: str) -> Tuple[str, str]:
 
 def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[str, Path]:
     """Name without extension, and image, of a line. Lists of one class have a second column, -1, 0 or 1."""
-    for column in ('', r'\s+(-1|0|1)'):
-        name, extension = split_name(re.sub(f'{column}$', '', text))
+    for line in (text, re.sub(r'\s+(-1|0|1)$', '', text)):
+        name, extension = split_name(line)
         found = [i for i in images.get(name, []) if i.suffix == extension] or images.get(name, [])
         if len(found) > 1:
             raise ValueError(f'{" and ".join(i.name for i in found)} are there. Write which, or remove one.')
@@ -145,25 +143,21 @@ def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[
 
 def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str]] = None) -> Sample:
     """Objects in an image. What is marked as deleted is left out."""
-    size, objects = read_image(image_path, upright=False).size, []  # all of it: a damaged one would end a long run
+    size, objects, where = read_image(image_path, upright=False).size, [], ''  # a damaged image would end a long run
     try:
         root = fromstring(read_text(path))
-        if root.find('size/*') is not None:
-            width, height = (read_number(find_one(root, 'size'), k) for k in ('width', 'height'))
-            if (width, height) not in (size, (0, 0)):
-                raise ValueError(
-                    f'its size is {width:g} x {height:g}, and {image_path} is stored with {size[0]} x {size[1]} pixels')
         items = root.findall('object')
+        stated = size if root.find('size/*') is None else read_numbers(find_one(root, 'size'), 'width', 'height')
+        if stated not in (size, (0, 0)):
+            raise ValueError('its size is {:g} x {:g}, and {} is stored with {} x {} pixels'.format(
+                *stated, image_path, *size))
         if not items and root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         if len(items) < sum(e.tag.rpartition('}')[2].lower() == 'object' for e in root.iter()):
             raise ValueError(f'it has objects that are not <object> directly below <{root.tag}>')
         for number, item in enumerate(items, 1):
-            try:
-                if not read_flag(item, 'deleted'):
-                    objects.append(read_object(item, size, classes))
-            except ValueError as e:
-                raise ValueError(f'object {number}: {e}') from None
+            where = f'object {number}: '
+            objects += [] if read_flag(item, 'deleted') else [read_object(item, size, classes)]
     except FileNotFoundError:
         raise BadInput(f'{path} is missing. Add it, or remove the image from its lists.') from None
     except ParseError as e:
@@ -171,7 +165,7 @@ def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str
             f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file '
             f'with <?xml or <annotation>, close each element, and write & as &amp; and < as &lt;.') from None
     except ValueError as e:
-        raise BadInput(f'{path} is not as VOC annotates: {e}. Correct the file.') from None
+        raise BadInput(f'{path} is not as VOC annotates: {where}{e}. Correct the file.') from None
     return Sample(image_path, *(zip(*objects, strict=True) if objects else ((), (), ())))
 
 
@@ -189,45 +183,42 @@ def read_flag(element: Element, tag: str) -> bool:
     return texts == ['1']
 
 
-def read_number(element: Element, tag: str) -> float:
-    text = (find_one(element, tag).text or '').strip()
-    # float() takes more: 1_0 is 10
-    value = float(text) if re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?', text, re.ASCII | re.I) else math.nan
-    if not math.isfinite(value):
-        raise ValueError(f'{tag} is {text!r}, not a finite number')
-    return value
+def read_numbers(element: Element, *tags: str) -> Tuple[float, ...]:
+    texts = {tag: (find_one(element, tag).text or '').strip() for tag in tags}
+    for tag, text in texts.items():
+        if not NUMBER.fullmatch(text):
+            raise ValueError(f'{tag} is {text!r}, not a finite number')
+    return tuple(map(float, texts.values()))
 
 
-def read_object(
-        item: Element,
-        size: Tuple[int, int],
-        classes: Optional[Sequence[str]],
-) -> Tuple[str, Tuple[float, ...], bool]:
+def read_object(item: Element, size: Tuple[int, int], classes: Optional[Sequence[str]]) -> Tuple[str, Tuple, bool]:
     """Class, corners in pixels, and whether the object is difficult."""
-    name, bndbox = (find_one(item, 'name').text or '').strip(), find_one(item, 'bndbox')
+    name, corners = (find_one(item, 'name').text or '').strip(), ('xmin', 'ymin', 'xmax', 'ymax')
     if not name or (classes and name not in classes):
         raise ValueError(f'its class is {name!r}, not one of {", ".join(classes or ["your names"])}')
-    xmin, ymin, xmax, ymax = (read_number(bndbox, k) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+    xmin, ymin, xmax, ymax = stated = read_numbers(find_one(item, 'bndbox'), *corners)
     # VOC counts pixels from 1 and includes the last, so IoU of corners is that of the development kit. What counts from
     # 0, or is cut off at the edge, leaves the image a little.
     box = max(xmin - 1, 0.), max(ymin - 1, 0.), min(xmax, float(size[0])), min(ymax, float(size[1]))
-    normalized = -1 < min(xmin, ymin) <= max(xmax, ymax) < 2 and (xmin, ymin) != (1, 1)
+    normalized = -1 < min(stated) <= max(stated) < 2 and (xmin, ymin) != (1, 1)
     if normalized or not (xmin <= xmax and ymin <= ymax and box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
-            f'the box of {name!r} has xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g}'
+            f'the box of {name!r} has {", ".join(f"{k} {v:g}" for k, v in zip(corners, stated, strict=True))}'
             f'{", which looks normalized" if normalized else ""}; it must be in pixels, 1 to {size[0]} and 1 to '
             f'{size[1]}, some of them in the image, and no maximum below its minimum')
     return name, box, read_flag(item, 'difficult')
 
 
-class VOCScore(NamedTuple):
-    """Average precision, from 0 to 1. Classes without objects do not count."""
-    map_11point: float  # at IoU 0.5, as the area
-    map_area: float
-    map_50_95: float  # at IoU 0.50 to 0.95, by COCO's rules
-    ap_11point: Dict[str, float]  # by class
-    ap_area: Dict[str, float]
-    ap_50_95: Dict[str, float]
+def draw(image: Image.Image, boxes: Sequence, captions: Sequence[str], color: str, note: str) -> Image.Image:
+    """Give the image with boxes, or with a note if there are none."""
+    size, image = max(10, min(image.size) // 30), image.copy()
+    if boxes:
+        return to_pil_image(draw_bounding_boxes(
+            pil_to_tensor(image), torch.tensor(boxes), list(captions), color, width=max(1, size // 6), font=FONT,
+            font_size=size))
+    font = ImageFont.truetype(FONT, size)
+    ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
+    return image
 
 
 def match(detections: Target, target: Target, label: int) -> List[Tuple[float, bool]]:
@@ -238,17 +229,14 @@ def match(detections: Target, target: Target, label: int) -> List[Tuple[float, b
     """
     mine, wanted = detections['labels'] == label, target['labels'] == label
     scores, order = detections['scores'][mine].double().sort(descending=True, stable=True)
-    if not wanted.any():
-        return [(s, False) for s in scores.tolist()]
     iou = box_iou(detections['boxes'][mine][order].double(), target['boxes'][wanted].double())
+    overlaps, objects = F.pad(iou, (0, 1)).max(dim=1)  # there may be no object
     difficult, found, matches = target['difficult'][wanted].tolist(), set(), []
-    for score, best_iou, best in zip(
-            scores.tolist(), iou.amax(dim=1).tolist(), iou.argmax(dim=1).tolist(), strict=True):
-        if best_iou < 0.5:
-            matches.append((score, False))
-        elif not difficult[best]:
-            matches.append((score, best not in found))
-            found.add(best)
+    for score, overlap, i in zip(scores.tolist(), overlaps.tolist(), objects.tolist(), strict=True):
+        if overlap < 0.5 or not difficult[i]:
+            matches.append((score, overlap >= 0.5 and i not in found))
+        if overlap >= 0.5:
+            found.add(i)
     return matches
 
 
@@ -266,36 +254,27 @@ def average_precision(right: torch.Tensor, positives: int) -> Tuple[float, float
     return (sum(points) / 11).item(), (highest[right].sum() / positives).item()
 
 
-def voc_score(
-        detections: Sequence[Target],
-        targets: Sequence[Target],
-        classes: Sequence[str] = CLASSES,
-) -> VOCScore:
-    """VOC's mean average precision at IoU 0.5, equal to that of the development kits of 2007 and of 2010 and later.
+def voc_score(detections: Sequence[Target], targets: Sequence[Target], classes: Sequence[str]) -> DataFrame:
+    """Average precision, from 0 to 1, of each class that has objects.
 
-    COCO's at IoU 0.50 to 0.95 stands beside it, with difficult objects as its crowds.
+    `11point` and `area` are VOC's at IoU 0.5, equal to those of the development kits of 2007, and of 2010 and later.
+    `50_95` is COCO's at IoU 0.50 to 0.95, with difficult objects as its crowds.
 
     Args:
         detections: Of each image, `boxes` [N, 4], `labels` [N] and `scores` [N].
         targets: Of each image, `boxes` [N, 4], `labels` [N] and `difficult` [N].
         classes: Names of the labels from 1.
     """
+    metric = MeanAveragePrecision(class_metrics=True, sync_on_compute=False)  # one process has all detections
+    metric.warn_on_many_detections = False
+    metric.update(detections, [{**t, 'iscrowd': t['difficult'].long()} for t in targets])
+    coco = metric.compute()
+    by_label = dict(zip(coco['classes'].flatten().tolist(), coco['map_per_class'].flatten().tolist(), strict=True))
     scores = {}
     for label, name in enumerate(classes, 1):
         positives = sum(((t['labels'] == label) & ~t['difficult']).sum().item() for t in targets)
         if positives:
             matches = [m for d, t in zip(detections, targets, strict=True) for m in match(d, t, label)]
-            matches.sort(key=lambda m: -m[0])
-            scores[name] = average_precision(torch.tensor([right for _, right in matches], dtype=torch.bool), positives)
-    if not scores:
-        raise BadInput('The test list has no object that is not difficult, so no score. Check the list.')
-    # one process has all detections
-    metric = MeanAveragePrecision(class_metrics=True, sync_on_compute=False)
-    metric.warn_on_many_detections = False
-    metric.update(detections, [{**t, 'iscrowd': t['difficult'].long()} for t in targets])
-    coco = metric.compute()
-    by_label = dict(zip(coco['classes'].flatten().tolist(), coco['map_per_class'].flatten().tolist(), strict=True))
-    ap_11point, ap_area = ({n: s[i] for n, s in scores.items()} for i in (0, 1))
-    ap_50_95 = {n: by_label[label] for label, n in enumerate(classes, 1) if n in scores}
-    return VOCScore(
-        *(sum(ap.values()) / len(scores) for ap in (ap_11point, ap_area, ap_50_95)), ap_11point, ap_area, ap_50_95)
+            right = torch.tensor([right for _, right in sorted(matches, key=lambda m: -m[0])], dtype=torch.bool)
+            scores[name] = *average_precision(right, positives), by_label[label]
+    return DataFrame.from_dict(scores, 'index', columns=['11point', 'area', '50_95'])
