@@ -135,8 +135,8 @@ def test_evaluation_takes_all_from_the_file_and_gives_the_score_of_training(trai
 
 
 def test_best_is_the_first_epoch_of_the_highest_score(cells, tmp_path, monkeypatch):
-    values = iter([0.2, 0.4, 0.4, 0.1, 0.3])
-    monkeypatch.setattr(train_voc, 'evaluate', lambda *args: DataFrame([[0, next(values), 0]], columns=['11point', 'area', '50_95']))
+    scores = iter(DataFrame({'11point': [0], 'area': [v], '50_95': [0]}) for v in (0.2, 0.4, 0.4, 0.1, 0.3))
+    monkeypatch.setattr(train_voc, 'evaluate', lambda *args: next(scores))
     args = [cells, *BRIEF, '--epochs', 4, '--eval-every', 1, '--val-list', 'val']
     assert run(*args, '--output', tmp_path / 'run')[0] == 0
     assert torch.load(tmp_path / 'run/best.pth', weights_only=True)['epoch'] == 1  # from 0
