@@ -161,7 +161,7 @@ def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(runtimes, netwo
         with torch.no_grad():
             runtimes.check_logits(torch.as_tensor(predict(images)), network(images), 1e-4)
     weights = sum(4 * p.numel() for p in reparameterize_model(network).parameters())
-    assert weights <= size <= 1.05 * weights
+    assert 0.99 * weights <= size <= 1.05 * weights  # equal constants are stored once
     if name == 'executorch':
         from executorch.extension.pybindings import portable_lib
         assert portable_lib._threadpool_get_thread_count() == 1
