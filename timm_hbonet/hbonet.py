@@ -30,7 +30,6 @@ from .weights import build_model_with_cfg
 
 __all__ = ['HBONet']
 
-
 # block type, expansion ratio, channels at width 1, stride of the first block
 _STAGE_CFG = (
     ('ir', 1, 20, 1),
@@ -72,21 +71,17 @@ class HBONet(nn.Module):
             divisor: Number that all widths are multiples of.
             depths: Number of blocks of each of the 9 stages.
             rates: Rate of the spatial contraction, 2, 4 or 8, in each of the 5 stages of harmonious bottlenecks.
-            spatial_expansion: Spatial expansion of the harmonious bottlenecks: 'nearest', as the released weights need
-                it, or 'deconv' for a depthwise transposed convolution of the same stride.
-            num_classes: Number of classes, 0 for no classifier.
-            in_chans: Number of input image channels.
+            spatial_expansion: 'nearest', which released weights need, or 'deconv', a depthwise transposed convolution.
+            num_classes, in_chans: Number of classes, 0 for no classifier, and of image channels.
             global_pool: Type of global pooling, '' for none (without a classifier).
             output_stride: Ratio of input to output size, 32 or 16. 16 dilates the last stages.
-            act_layer, norm_layer: Types of activation and normalization layers.
-            drop_rate: Dropout rate of the classifier.
+            act_layer, norm_layer, drop_rate: Activation, normalization, and dropout of the classifier.
             drop_path_rate: Stochastic depth rate of the last block, blocks with a shortcut have it from 0 upwards.
 
         Raises:
             ValueError: If `depths`, `rates`, `spatial_expansion` or `output_stride` is not as above, or no half fits.
         """
         super().__init__()
-        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         if len(depths) != 9 or len(rates) != 5 or not set(rates) <= {2, 4, 8}:
             raise ValueError(f'`depths` must be 9 numbers, `rates` 5 out of 2, 4 and 8, got {depths} and {rates}.')
         if spatial_expansion not in ('nearest', 'deconv'):
@@ -95,11 +90,10 @@ class HBONet(nn.Module):
             raise ValueError(f'`output_stride` must be 16 or 32, got {output_stride!r}.')
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.spatial_expansion = spatial_expansion
         self.grad_checkpointing = False
 
         round_chs = partial(make_divisible, divisor=divisor)
-        kwargs: Dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        kwargs: Dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         prev_chs = round_chs(32 * width)
         self.conv_stem = RepConvNormAct(in_chans, prev_chs, 3, 2, **kwargs)
 
@@ -126,8 +120,7 @@ class HBONet(nn.Module):
                     blocks += [HarmoniousBottleneck(*block_args, rate, spatial_expansion, **kwargs)]
                 else:
                     blocks += [RepConvNormAct(prev_chs, out_chs, 1, apply_act=False, **kwargs)]
-                prev_chs = out_chs
-                dilation = next_dilation
+                prev_chs, dilation = out_chs, next_dilation
             stages += [nn.Sequential(*blocks)]
         self.feature_info += [dict(num_chs=prev_chs, reduction=net_stride, module=f'blocks.{len(stages) - 1}')]
         self.stage_ends = [int(f['module'].split('.')[-1]) for f in self.feature_info]
@@ -179,16 +172,7 @@ class HBONet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward features that returns intermediates.
-
-        Args:
-            x: Input image tensor, [B, in_chans, H, W] of any H and W
-            indices: Take last n features if int, all if None, select matching indices if sequence
-            norm: Apply norm layer to compatible intermediates, there are none
-            stop_early: Stop iterating over blocks when last desired intermediate hit
-            output_fmt: Shape of intermediate feature outputs
-            intermediates_only: Only return intermediate features
-        """
+        """Forward features that returns intermediates, those of `feature_info`. There is no norm to apply to them."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
@@ -249,8 +233,6 @@ def rename_release(model: HBONet, state_dict: Dict[str, Any], prefix: str, *_: A
     """Rename the tensors of the release's layout to those of a network, in place. A hook of `load_state_dict`."""
     if f'{prefix}features.0.0.weight' not in state_dict:
         return
-    if model.spatial_expansion != 'nearest':
-        raise RuntimeError(f"The released weights need spatial_expansion='nearest', got {model.spatial_expansion!r}.")
     features, head = f'{prefix}features.', f'{prefix}conv.'
     theirs = sorted(
         {k.rpartition('.')[0] for k in state_dict if k.startswith((features, head))},
@@ -280,10 +262,8 @@ def _cfg(file: str = '', size: int = 224, **kwargs: Any) -> Dict[str, Any]:
     return {
         'url': file and _RELEASE + file, 'hf_hub_id': 'timm/', 'num_classes': 1000,
         'input_size': (3, size, size), 'pool_size': (size // 32, size // 32),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
-        'paper_ids': 'arXiv:1908.03888',
+        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv_stem.conv', 'classifier': 'classifier', 'paper_ids': 'arXiv:1908.03888',
         'paper_name': 'HBONet: Harmonious Bottleneck on Two Orthogonal Dimensions',
         'origin_url': 'https://github.com/d-li14/HBONet', 'license': 'apache-2.0',
         **kwargs
@@ -317,8 +297,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_hbonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HBONet:
-    bn_args = resolve_bn_args(kwargs)
-    if bn_args:
+    if bn_args := resolve_bn_args(kwargs):
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)), **bn_args)
     return build_model_with_cfg(
         HBONet, variant, pretrained,

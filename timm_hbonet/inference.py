@@ -15,8 +15,6 @@ from torch.jit import Final
 
 from .blocks import HarmoniousBottleneck, InvertedResidual, RepConvNormAct, SpatialExpansion, avg_pool2d, is_open
 
-__all__ = ['HarmoniousStages', 'InferenceStages']
-
 # The channel in each place of a tensor. Of its places the first is read, others make up the multiple. -1 is not read.
 Layout = List[int]
 
@@ -85,23 +83,23 @@ def _lay_out(layers: Sequence[RepConvNormAct], in_layout: Layout, out_layout: Op
     return nn.Sequential(*(m for m in modules if not isinstance(m, nn.Identity)))
 
 
-def _select(in_layout: Layout, out_layout: Layout, like: torch.Tensor) -> nn.Module:
+def _select(in_layout: Layout, out_layout: Layout) -> nn.Module:
     """Selection of channels as a pointwise convolution, which blocked kernels are better at than at slices."""
     if in_layout == out_layout:
         return nn.Identity()
     conv = nn.Conv2d(len(in_layout), len(out_layout), 1, bias=False, device='meta')
-    places = [in_layout.index(c) for c in out_layout]
-    conv.weight = nn.Parameter(torch.eye(len(in_layout)).to(like)[places, :, None, None], requires_grad=False)
+    weight = torch.eye(len(in_layout))[[in_layout.index(c) for c in out_layout], :, None, None]
+    conv.weight = nn.Parameter(weight, requires_grad=False)
     return conv
 
 
 class InferencePool(nn.Module):
     """2x2 average pooling. As a depthwise convolution where no size is odd, which runtimes take with any channels."""
 
-    def __init__(self, chs: int, like: torch.Tensor):
+    def __init__(self, chs: int):
         super().__init__()
         self.conv = nn.Conv2d(chs, chs, 2, 2, groups=chs, bias=False, device='meta')
-        self.conv.weight = nn.Parameter(like.new_full((chs, 1, 2, 2), 0.25), requires_grad=False)
+        self.conv.weight = nn.Parameter(torch.full((chs, 1, 2, 2), 0.25), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2], x.shape[-1]
@@ -122,8 +120,7 @@ class InferenceConvs(nn.Module):
         in_layout = sum(in_layouts, [])
         layers = [m for m in block.modules() if isinstance(m, RepConvNormAct)]
         self.has_skip = isinstance(block, InvertedResidual) and block.has_skip
-        self.out_chs = layers[-1].out_channels
-        self.out_layouts = [in_layout if self.has_skip else _pad(range(self.out_chs), out_multiple)]
+        self.out_layouts = [in_layout if self.has_skip else _pad(range(layers[-1].out_channels), out_multiple)]
         self.convs = _lay_out(layers, in_layout, self.out_layouts[0])
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
@@ -141,23 +138,21 @@ class InferenceBottleneck(nn.Module):
         super().__init__()
         conv_dw1, *layers = [*block.contract, block.conv_dw, block.conv_pwl]
         in_chs, half_chs, pass_chs = conv_dw1.in_channels, block.half_chs, block.pass_chs
-        added, passed, like = range(half_chs), range(in_chs - pass_chs, in_chs), conv_dw1.conv.weight
-        # two half maps that overlap are the whole map twice, with places that are not read
-        whole = added_layout = passed_layout = sum(in_layouts, [])
-        self.has_skip, self.out_chs = block.has_skip, half_chs + pass_chs
+        added, passed, whole = range(half_chs), range(in_chs - pass_chs, in_chs), sum(in_layouts, [])
+        self.has_skip = block.has_skip
         self.keeps_parts = len(in_layouts) == 2 and half_chs == pass_chs == in_chs - half_chs
-        if self.keeps_parts:
-            added_layout, passed_layout = in_layouts
-        elif selects and pass_chs < in_chs:
+        # halves that overlap are the whole map twice, with places that are not read
+        halves = added_layout, passed_layout = in_layouts if self.keeps_parts else [whole, whole]
+        if selects and not self.keeps_parts and pass_chs < in_chs:
             added_layout, passed_layout = _pad(added), _pad(passed)
-        self.select_added = _select(whole, whole if self.keeps_parts or not self.has_skip else added_layout, like)
-        self.select_passed = _select(whole, whole if self.keeps_parts else passed_layout, like)
+        self.select_added = _select(halves[0], added_layout if self.has_skip else halves[0])
+        self.select_passed = _select(halves[1], passed_layout)
 
         self.conv_dws = nn.ModuleList([_lay_out([conv_dw1], layout) for layout in in_layouts])
         computed_layout = added_layout if self.has_skip else _pad(added)
         self.convs = _lay_out(layers, whole, computed_layout)
         self.pools = nn.ModuleList([
-            InferencePool(len(layout), like) if block.stride == 2 else nn.Identity() for layout in in_layouts])
+            InferencePool(len(layout)) if block.stride == 2 else nn.Identity() for layout in in_layouts])
         if self.has_skip:
             deconv = None if block.expand.conv is None else _lay_out([block.expand.conv], computed_layout)
             self.expand = SpatialExpansion(block.expand.rate, deconv)
@@ -175,11 +170,8 @@ class InferenceBottleneck(nn.Module):
         for i, pool in enumerate(self.pools):
             pooled.append(pool(parts[i]))
         x = self.convs(_join(contracted))
-        if self.keeps_parts:
-            added, passed = pooled[0], pooled[1]
-        else:
-            whole = _join(pooled)
-            added, passed = self.select_added(whole), self.select_passed(whole)
+        halves = pooled if self.keeps_parts else [_join(pooled)] * 2
+        added, passed = self.select_added(halves[0]), self.select_passed(halves[1])
         if self.has_skip:
             x = self.conv_dw_end(self.add_expanded(x, added))
         return [passed, x]
@@ -194,12 +186,12 @@ class InferenceBottleneck(nn.Module):
 class InferenceStage(nn.Module):
     """Stage of which blocks hand feature maps on in parts. Called by itself, it takes and returns whole ones."""
 
-    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout], in_chs: int, like: torch.Tensor):
+    def __init__(self, blocks: List[nn.Module], in_layouts: List[Layout]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        channels = list(range(in_chs))
-        self.select_parts = nn.ModuleList([_select(channels, [c % in_chs for c in p], like) for p in in_layouts])
-        self.select_whole = _select(sum(blocks[-1].out_layouts, []), list(range(blocks[-1].out_chs)), like)
+        in_chs, out_chs = (1 + max(map(max, layouts)) for layouts in (in_layouts, blocks[-1].out_layouts))
+        self.select_parts = nn.ModuleList([_select([*range(in_chs)], [c % in_chs for c in p]) for p in in_layouts])
+        self.select_whole = _select(sum(blocks[-1].out_layouts, []), [*range(out_chs)])
 
     def run(self, parts: List[torch.Tensor]) -> List[torch.Tensor]:
         for block in self.blocks:
@@ -245,7 +237,7 @@ class HarmoniousStages(nn.Sequential):
         if not all(type(stage) is nn.Sequential and len(stage) and all(map(_can_lay_out, stage)) for stage in self):
             return self
         conv = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
-        in_chs, layouts, inference_stages = conv.in_channels, [list(range(conv.in_channels))], []
+        layouts, stages = [list(range(conv.in_channels))], []
         for stage in self:
             in_layouts, blocks = layouts, []
             for block in stage:
@@ -255,6 +247,5 @@ class HarmoniousStages(nn.Sequential):
                 else:
                     blocks.append(InferenceConvs(block, layouts, 1 if block is self[-1][-1] else CHANNEL_MULTIPLE))
                 layouts = blocks[-1].out_layouts
-            inference_stages.append(InferenceStage(blocks, in_layouts, in_chs, conv.weight))
-            in_chs = blocks[-1].out_chs
-        return InferenceStages(*inference_stages).eval()
+            stages.append(InferenceStage(blocks, in_layouts))
+        return InferenceStages(*stages).to(conv.weight).eval()

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Optional, TypeVar, Union
+from typing import Any, Callable, Optional, Union
 from urllib.request import urlopen
 
 import torch
@@ -15,11 +15,10 @@ from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load
 from huggingface_hub.utils import OfflineModeIsEnabled, tqdm
 from timm import models
 
-ModelT = TypeVar('ModelT', bound=torch.nn.Module)
 _logger = logging.getLogger(__name__)
 
 
-def build_model_with_cfg(model_cls: Callable[..., ModelT], variant: str, pretrained: bool, **kwargs: Any) -> ModelT:
+def build_model_with_cfg(model_cls: Callable[..., Any], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """Build a model as timm's function does, the weights of a cfg as registered from where `find_weights` has them."""
     cfg = models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     name, sources = f'{cfg.architecture}.{cfg.tag}', ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
