@@ -8,19 +8,17 @@ it has loaded again through timm to identical logits. It is safe to run this aga
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from script_utils import BadInput, requirements, run_script
 from timm.models import save_for_hf
 
-from timm_hbonet import __version__
 from timm_hbonet.weights import download_release, verify_release
 
 with requirements():
@@ -37,13 +35,8 @@ CARD = """---
 
 # Model card for {{ model_name }}
 
-{% if is_release -%}
 The accuracies on this page are those that the authors published, and were not re-validated: that this architecture
 computes what theirs does was tested with synthetic weights.
-{%- else -%}
-These weights are of unknown origin: the file that they were converted from is not the one that the authors released,
-and the accuracies on this page are not those of these weights.
-{%- endif %}
 
 An HBONet image classification model for mobile devices. Its blocks, harmonious bottlenecks, contract the feature
 map while they expand the channels, and pass half of the output channels on from the input.
@@ -56,11 +49,9 @@ map while they expand the channels, and pass half of the output channels on from
   - GMACs: {{ '%.3f' % (row.macs / 1e9) }}
   - Activations (M): {{ '%.2f' % (row.activations / 1e6) }}
   - Image size: {{ row.img_size }} x {{ row.img_size }}
-{%- if is_release %}
 - **Accuracy:** {{ row.top1 }}% top-1, {{ row.top5 }}% top-5, of a single centre crop ({{ tables }} of the paper)
 - **Weights:** [the authors' file]({{ row.url }}), git blob `{{ row.git_blob }}`
 - **Dataset:** ImageNet-1k
-{%- endif %}
 - **Paper:** [{{ cfg.paper_name }}](https://arxiv.org/abs/1908.03888)
 - **Original:** <{{ cfg.origin_url }}>
 
@@ -135,91 +126,50 @@ def make_table(current: str = '') -> str:
     }).to_markdown(index=False, floatfmt=('', '', '.1f', '.1f', '.1f', '.2f'))
 
 
-def make_card(name: str, repo_id: str, is_release: bool = True) -> ModelCard:
-    """Make the model card of a checkpoint.
-
-    Args:
-        name: Architecture and tag, 'hbonet_100.in1k'.
-        repo_id: Repository of the Hub that the usage loads from, 'ORG/NAME'.
-        is_release: Whether the weights are the authors'. The card claims no accuracy of others.
-    """
+def make_card(name: str, repo_id: str) -> ModelCard:
+    """Make the model card of a checkpoint ('hbonet_100.in1k') whose usage loads it from a repository of the Hub."""
     row, cfg = PUBLISHED.loc[name], timm.get_pretrained_cfg(name)
     model = timm.create_model(name, device='meta').eval()
     features = model.forward_intermediates(torch.zeros(1, *cfg.input_size, device='meta'), intermediates_only=True)
     tables = f'table{"s" * (not row.paper_tables.isdigit())} {row.paper_tables}'
     results = [
         EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type='imagenet-1k',
-            dataset_name='ImageNet-1k',
-            dataset_split='validation',
-            metric_type='accuracy',
-            metric_name=f'{metric} accuracy (%), published by the authors',
-            metric_value=float(value),
+            task_type='image-classification', dataset_type='imagenet-1k', dataset_name='ImageNet-1k',
+            dataset_split='validation', metric_type='accuracy',
+            metric_name=f'{metric} accuracy (%), published by the authors', metric_value=float(value),
             source_name=f"The authors' published figures: repository, and {tables} of arXiv:1908.03888",
             source_url=cfg.origin_url,
         ) for metric, value in (('Top-1', row.top1), ('Top-5', row.top5))
     ]
     data = ModelCardData(
-        license=cfg.license,
-        library_name='timm',
-        tags=['image-classification', 'timm', 'transformers', 'hbonet'],
-        datasets=['imagenet-1k'] if is_release else None,
-        pipeline_tag='image-classification',
-        model_name=name if is_release else None,
-        eval_results=results if is_release else None,
-        architecture=cfg.architecture,
-    )
+        license=cfg.license, library_name='timm', tags=['image-classification', 'timm', 'transformers', 'hbonet'],
+        datasets=['imagenet-1k'], pipeline_tag='image-classification', model_name=name, eval_results=results,
+        architecture=cfg.architecture)
     return ModelCard.from_template(
-        data,
-        template_str=CARD,
-        model_name=name,
-        repo_id=repo_id,
-        row=row,
-        cfg=cfg,
-        is_release=is_release,
-        tables=tables,
-        features=[tuple(x.shape) for x in features],
-        num_features=model.num_features,
-        comparison=make_table(name),
-    )
+        data, template_str=CARD, model_name=name, repo_id=repo_id, row=row, cfg=cfg, tables=tables,
+        features=[tuple(x.shape) for x in features], num_features=model.num_features, comparison=make_table(name))
 
 
-def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_digest: bool = False) -> None:
-    """Write a checkpoint as the files of a repository of the Hub, and check that they load again.
+def convert(path: Path, name: str, repo_id: str, folder: Path) -> None:
+    """Write a released file as the files of a repository of the Hub, and check that they load again.
 
     Args:
-        path: The checkpoint.
+        path: The authors' file.
         name: Architecture and tag that it is.
         repo_id: Repository that the model card refers to, 'ORG/NAME'.
         folder: New folder to write.
-        allow_unknown_digest: Take a file that is not the authors'.
 
     Raises:
-        BadInput: If the checkpoint is not the authors', cannot be loaded, or does not load again as it was.
+        RuntimeError: If it does not load again as it was.
     """
-    is_release = True
-    try:
-        verify_release(path, name)
-    except ValueError as e:
-        is_release = False
-        if not allow_unknown_digest:
-            raise BadInput(
-                f"{path} is not the authors' file of {name}: {e}. Use that of {PUBLISHED.loc[name, 'url']}, or, if "
-                f"you trust this one, --allow-unknown-digest.") from None
-    try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
-    except Exception as e:  # timm, torch and safetensors have errors of their own
-        raise BadInput(f'{path} cannot be loaded as the weights of {name}. {type(e).__name__}: {e}') from None
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
     # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
     images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2
     with torch.inference_mode():
         logits = model(images)
-        model.double()
-        features = model.forward_features(images.double())
+        features = model.double().forward_features(images.double())
         pre_logits = model.forward_head(features, pre_logits=True)
-        outputs = dict(features=features, pre_logits=pre_logits, output=model.classifier(pre_logits))
+        tensors = dict(input=images, features=features, pre_logits=pre_logits, output=model.classifier(pre_logits))
         model.float()
 
     # the files of timm's own repositories
@@ -228,43 +178,35 @@ def convert(path: Path, name: str, repo_id: str, folder: Path, allow_unknown_dig
     config = json.loads((folder / 'config.json').read_text())
     config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
-    make_card(name, repo_id, is_release=is_release).save(folder / 'README.md')
-    save_file(
-        {'input': images, **{k: v.float() for k, v in outputs.items()}}, folder / 'test/rand_tensors.safetensors')
-    for file in folder.rglob('*.safetensors'):
-        shutil.copymode(folder / 'config.json', file)  # safetensors makes its files private
+    make_card(name, repo_id).save(folder / 'README.md')
+    save_file({k: v.float() for k, v in tensors.items()}, folder / 'test/rand_tensors.safetensors')
 
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     with torch.inference_mode():
         if not torch.equal(reloaded(images), logits):
-            raise BadInput(f'the converted {name} does not give the logits of {path}. Nothing is kept.')
+            raise RuntimeError(f'the converted model does not give the logits of {path}. Nothing is kept.')
 
 
-def describe(error: BaseException) -> str:
-    """One line about an error and its cause, without the token that a request may have had."""
-    message = str(error) if isinstance(error, BadInput) else f'{type(error).__name__}: {error}'
-    if error.__cause__ and str(error.__cause__) not in message:
-        message += f' ({describe(error.__cause__)})'
-    message = ' '.join(message.split())
-    token = get_token()
-    return message.replace(token, '***') if token else message
+def describe(error: Exception) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--namespace', metavar='ORG',
-        help='organization or user of the Hub, the repositories are ORG/NAME. The token is that of `hf auth login`, or '
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument(
+        '--namespace', metavar='ORG',
+        help='upload to ORG/NAME, of an organization or user of the Hub. The token is that of `hf auth login`, or '
              'HF_TOKEN')
-    add('--dry-run', type=Path, metavar='DIR',
+    place.add_argument(
+        '--dry-run', type=Path, metavar='DIR',
         help="write the folders DIR/NAME, for timm.create_model('local-dir:DIR/NAME', pretrained=True), and upload "
              'nothing. A folder that is there is left as it is')
-    add('--only', nargs='+', choices=list(PUBLISHED.index), metavar='NAME',
+    place.add_argument('--table', action='store_true', help="print README's table of the checkpoints")
+    add('--only', nargs='+', choices=list(PUBLISHED.index), default=list(PUBLISHED.index), metavar='NAME',
         help='these checkpoints, such as hbonet_100.in1k (default: all)')
-    add('--file', type=Path, metavar='FILE', help='take this file for the NAME that is given by --only')
-    add('--allow-unknown-digest', action='store_true',
-        help="take a FILE that is not the authors'. Its card claims no accuracy")
-    add('--table', action='store_true', help="print README's table of the checkpoints, and end")
+    add('--file', type=Path, metavar='FILE', help="the authors' file of the one NAME that is given by --only")
     return parser
 
 
@@ -272,16 +214,17 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.table:
         print(make_table())
         return
-    if not args.namespace and not args.dry_run:
-        parser.error('--namespace is required, unless this is a --dry-run')
-    if args.file and len(args.only or ()) != 1:
+    if args.file and len(args.only) != 1:
         parser.error('--file needs --only with the one NAME that it is')
-    if args.file and not args.file.is_file():
-        parser.error(f'--file {args.file} is no file')
-    if args.allow_unknown_digest and not args.file:
-        parser.error('--allow-unknown-digest needs a --file')
+    if args.file:
+        try:
+            verify_release(args.file, args.only[0])
+        except (OSError, ValueError) as e:
+            raise BadInput(
+                f"--file {args.file} is not the authors' file of {args.only[0]}, which is at "
+                f"{PUBLISHED.loc[args.only[0], 'url']}. {describe(e)}") from None
 
-    api = HfApi(library_name='timm_hbonet', library_version=__version__)
+    api = HfApi()
     if args.dry_run:
         args.dry_run.mkdir(parents=True, exist_ok=True)
     else:
@@ -290,19 +233,19 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except Exception as e:  # the client's HTTP library differs between versions
             raise BadInput(f'{api.endpoint} was asked whose token this is. {describe(e)}') from None
 
-    names, failed = args.only or list(PUBLISHED.index), []
-    for name in tqdm(names, unit='model', disable=len(names) == 1):
-        repo_id = f'{args.namespace or "timm"}/{name}'
+    failed = []
+    for name in tqdm(args.only, unit='model'):
+        target = args.dry_run and args.dry_run / name
+        if target and target.exists():
+            tqdm.write(f'{target} is there already, and is left as it is')
+            continue
         try:
-            if args.dry_run and (args.dry_run / name).exists():
-                tqdm.write(f'{args.dry_run / name} is there already, and is left as it is')
-                continue
             with tempfile.TemporaryDirectory(prefix='.', dir=args.dry_run) as scratch:
-                folder = Path(scratch, name)
-                convert(args.file or download_release(name), name, repo_id, folder, args.allow_unknown_digest)
-                if args.dry_run:
-                    os.rename(folder, args.dry_run / name)
-                    tqdm.write(str(args.dry_run / name))
+                folder, repo_id = Path(scratch, name), f'{"timm" if target else args.namespace}/{name}'
+                convert(args.file or download_release(name), name, repo_id, folder)
+                if target:
+                    os.rename(folder, target)
+                    tqdm.write(str(target))
                 else:
                     api.create_repo(repo_id, exist_ok=True)
                     # what has not changed is not uploaded
@@ -313,7 +256,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             tqdm.write(f'{name}: {describe(e)}', file=sys.stderr)
     if failed:
         raise BadInput(
-            f'{len(failed)} of {len(names)} failed, for the reasons above. Run this again with --only '
+            f'{len(failed)} of {len(args.only)} failed, for the reasons above. Run this again with --only '
             f'{" ".join(failed)}')
 
 

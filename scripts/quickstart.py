@@ -66,19 +66,19 @@ def load_splits() -> Tuple[Digits, Digits]:
     return Digits(train_images, train_labels), Digits(test_images, test_labels)
 
 
-def create_eval_loader(model: torch.nn.Module, dataset: Dataset, device: torch.device) -> DataLoader:
+def create_loader(model: torch.nn.Module, dataset: Dataset, device: torch.device, **kwargs: Any) -> DataLoader:
     return timm.data.create_loader(
         dataset, batch_size=BATCH_SIZE, num_workers=0, persistent_workers=False, device=device,
-        **timm.data.resolve_model_data_config(model))
+        **timm.data.resolve_model_data_config(model), **kwargs)
 
 
 @torch.inference_mode()
-def predict(model: torch.nn.Module, loader: DataLoader) -> Tuple[torch.Tensor, torch.Tensor, float]:
-    """Compute logits (images, classes), labels (images,) and top-1 accuracy in percent of a data set."""
+def predict(model: torch.nn.Module, loader: DataLoader) -> Tuple[torch.Tensor, float]:
+    """Compute logits (images, classes) and top-1 accuracy in percent of a data set."""
     model.eval()
     logits, labels = zip(*((model(images), labels) for images, labels in loader), strict=True)
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    return logits, labels, timm.utils.accuracy(logits, labels)[0].item()
+    logits = torch.cat(logits)
+    return logits, timm.utils.accuracy(logits, torch.cat(labels))[0].item()
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -91,21 +91,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             tag='digits', input_size=INPUT_SIZE, pool_size=None, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
     ).to(device)
     train_set, test_set = load_splits()
-    test_loader = create_eval_loader(model, test_set, device)
-    print(
-        f'{model.pretrained_cfg["architecture"]}, {sum(p.numel() for p in model.parameters()):,} parameters, '
-        f'on {device.type}: {len(train_set)} digits to train on, {len(test_set)} held out')
+    print(f'hbonet_035 on {device.type}: {len(train_set)} digits to train on, {len(test_set)} held out')
+    # the last epoch, as to choose the best by the held-out digits would flatter the score
+    logits, top1 = fit(model, train_set, test_set, args.epochs, device)
+
     with tempfile.TemporaryDirectory(prefix='.', dir=args.output_dir) as folder:
         result = Path(folder)
-        fit(model, train_set, test_loader, args.epochs, device, result / 'checkpoints')
-
-        # the last epoch, as to choose the best by the held-out digits would flatter the score
-        logits, labels, top1 = predict(model, test_loader)
         label_names = [str(digit) for digit in range(10)]
         timm.models.save_for_hf(model, result, model_config=dict(label_names=label_names), safe_serialization=True)
 
         reloaded = create_model(f'local-dir:{result}', pretrained=True).to(device)
-        reloaded_logits, _, reloaded_top1 = predict(reloaded, create_eval_loader(reloaded, test_set, device))
+        reloaded_logits, reloaded_top1 = predict(reloaded, create_loader(reloaded, test_set, device))
         if not torch.allclose(reloaded_logits, logits, rtol=1e-4, atol=1e-4):
             raise BadInput(f'the saved model scores {reloaded_top1:.2f} %, the trained one {top1:.2f} %.')
 
@@ -119,19 +115,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def fit(
-        model: torch.nn.Module, train_set: Dataset, test_loader: DataLoader, epochs: int, device: torch.device,
-        checkpoint_dir: Path,
-) -> None:
-    loader = timm.data.create_loader(
-        train_set, batch_size=BATCH_SIZE, is_training=True, scale=(0.7, 1.0), color_jitter=0.,
-        hflip=0.,  # a mirrored digit is another sign
-        num_workers=0, persistent_workers=False, device=device, **timm.data.resolve_model_data_config(model))
+        model: torch.nn.Module, train_set: Dataset, test_set: Dataset, epochs: int, device: torch.device,
+) -> Tuple[torch.Tensor, float]:
+    """Train, and predict the test set after each epoch. Returns what `predict` does after the last."""
+    loader = create_loader(
+        model, train_set, device, is_training=True, scale=(0.7, 1.0), color_jitter=0.,
+        hflip=0.)  # a mirrored digit is another sign
+    test_loader = create_loader(model, test_set, device)
     optimizer = timm.optim.create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=5e-4)
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer, num_epochs=epochs, warmup_epochs=1, warmup_lr=0.005, step_on_epochs=False,
         updates_per_epoch=len(loader))
-    checkpoint_dir.mkdir()
-    saver = timm.utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(checkpoint_dir), max_history=1)
 
     with tqdm(total=epochs * len(loader), desc='Training', unit='batch') as progress:
         for epoch in range(epochs):
@@ -145,9 +139,9 @@ def fit(
                 losses.update(loss.item(), len(labels))
                 progress.update()
                 scheduler.step_update(progress.n)
-            saver.save_checkpoint(epoch)
-            top1 = predict(model, test_loader)[2]
+            logits, top1 = predict(model, test_loader)
             progress.write(f'Epoch {epoch + 1:2} of {epochs}: loss {losses.avg:.3f}, top-1 held out {top1:.2f} %')
+    return logits, top1
 
 
 def draw(dataset: Digits, logits: torch.Tensor) -> Figure:
@@ -155,14 +149,14 @@ def draw(dataset: Digits, logits: torch.Tensor) -> Figure:
     labels, (confidences, preds) = dataset.labels, (x.cpu().numpy() for x in logits.softmax(-1).max(-1))
     wrong = np.flatnonzero(preds != labels)
     wrong = wrong[np.argsort(-confidences[wrong])]
-    right = [np.flatnonzero((labels == digit) & (preds == digit))[:2] for digit in range(10)]
 
     figure = Figure(figsize=(12, 6), dpi=120, layout='constrained')
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1), hspace=0.05)
-    upper.suptitle(f'Right: {len(labels) - len(wrong)} of {len(labels)} held-out digits, two of each', fontsize=16)
-    lower.suptitle(f'Wrong: {len(wrong)}' + (', the 10 most confident' if len(wrong) > 10 else ''), fontsize=16)
-    columns = [*zip(upper.subplots(2, 10).T, right, strict=True), (lower.subplots(1, 10), wrong[:10])]
-    for places, indices in columns:
+    figure.suptitle(
+        f'{len(labels) - len(wrong)} of {len(labels)} held-out digits are right, two of each above. '
+        f'{len(wrong)} are wrong, the most confident below.', fontsize=16)
+    grid = figure.subplots(3, 10)
+    right = [np.flatnonzero((labels == digit) & (preds == digit))[:2] for digit in range(10)]
+    for places, indices in [*zip(grid[:2].T, right, strict=True), (grid[2], wrong[:10])]:
         for axes in places:
             axes.axis('off')
         for axes, index in zip(places, indices):  # noqa: B905, there may be fewer
@@ -180,19 +174,20 @@ def classify(photos: Sequence[Path], model_name: str, device: torch.device) -> N
     model = create_model(model_name, pretrained=True).to(device).eval()
     data_config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data_config, is_training=False)
-    cfg, subset, labels = model.pretrained_cfg, timm.data.infer_imagenet_subset(model), None
-    if cfg.get('label_names'):
-        labels = timm.data.CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
-    elif subset:
+    cfg, subset = model.pretrained_cfg, timm.data.infer_imagenet_subset(model)
+    if subset and not cfg.get('label_names'):
         labels = timm.data.ImageNetInfo(subset)
+    else:
+        names = cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+        labels = timm.data.CustomDatasetInfo(names, cfg.get('label_descriptions'))
 
-    for path in tqdm(photos, desc='Classifying', unit='photo', disable=len(photos) < 2):
+    for path in tqdm(photos, desc='Classifying', unit='photo'):
         image = read_image(path, 'L' if data_config['input_size'][0] == 1 else 'RGB')
         with torch.inference_mode():
             probs = model(transform(image).unsqueeze(0).to(device)).softmax(-1)[0]
         tqdm.write(f'{path}')
         for prob, index in zip(*(values.tolist() for values in probs.topk(min(5, len(probs)))), strict=True):
-            tqdm.write(f'{prob:8.2%}  {labels.index_to_description(index) if labels else f"class {index}"}')
+            tqdm.write(f'{prob:8.2%}  {labels.index_to_description(index)}')
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -161,7 +161,7 @@ def write(tmp_path):
 
     write('small-seed0.csv', 70, 80)
     write('small-seed1.csv', 71, 83)
-    write('large-seed7/summary.csv', 88, 87)
+    write('large-seed7.csv', 88, 87)
     write('other.csv')
     return write
 
@@ -185,10 +185,10 @@ def test_curves_and_table(draw, write, tmp_path):
 
 
 @pytest.mark.parametrize('name, top1, message', [
-    ('small-seed1.csv', [71], 'have large-seed7 2, small-seed0 2, small-seed1 1. Finish or remove the short ones.'),
-    ('small-seed1.csv', [], 'must have the epochs from 0 in order, and has []'),
+    ('small-seed1.csv', [71], 'must have the epochs 0 to 1, as other runs have, and has [0]. Finish or remove it.'),
+    ('small-seed1.csv', [], 'must have the epochs 0 to 1, as other runs have, and has []'),
     ('small-seed1.csv', [71, 'nothing'], 'is not a summary.csv of train.py with epoch, train_loss'),
-    ('empty/other.csv', [], 'has no MODEL-seedN.csv and no MODEL-seedN/summary.csv.'),
+    ('empty/other.csv', [], 'has no MODEL-seedN.csv.'),
 ])
 def test_errors(draw, write, tmp_path, name, top1, message):
     write(name, *top1)
