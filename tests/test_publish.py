@@ -242,7 +242,8 @@ def test_options_that_do_not_fit(release_site):
         assert status == 2 and re.search(message, error_line(err)) and release_site.count() == 0
 
 
-def test_file_is_converted_as_the_download_is(dry_run, release_site, tmp_path):
+def test_file_is_converted_as_the_download_is(dry_run, release_site, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'empty'))
     file, out = tmp_path / 'own.pth', tmp_path / 'out'
     file.write_bytes(release_file(NAME))
     status, printed, _ = run('--dry-run', out, '--only', NAME, '--file', file)
