@@ -37,19 +37,17 @@ def run_command(page: str, text: str, *args: object, cwd: Path, places: Dict[str
         places: What stands for the names with which a word of the page starts, such as DIR.
     """
     lines = (ROOT / 'docs' / page).read_text(encoding='utf-8').replace('\\\n', ' ')
-    commands = re.findall(r'^((?:python|torchrun|timmx) .*)$', lines, re.MULTILINE)
-    launcher, *words = shlex.split(min((command for command in commands if text in command), key=len))
+    commands = re.findall(r'^((?:python|timmx) .*)$', lines, re.MULTILINE)
+    words = shlex.split(min((command for command in commands if text in command), key=len))
     places = {'RECIPES': RECIPES, **places}
     names = '|'.join(map(re.escape, places))
     words = [re.sub(rf'^({names})', lambda m: str(places[m[0]]), word) for word in words]
+    words[:1] = ['-m', 'timmx'] if words[0] == 'timmx' else []
     words = [str(Path(REPO) / word) if word.endswith('.py') else word for word in words]
-    modules = {'python': [], 'torchrun': ['-m', 'torch.distributed.run', '--standalone'], 'timmx': ['-m', 'timmx']}
     process = subprocess.run(
-        [sys.executable, *modules[launcher], *words, *map(str, args)],
+        [sys.executable, *words, *map(str, args)],
         cwd=cwd,
-        env={
-            **os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1',
-            'PYTHONPATH': os.pathsep.join(filter(None, [str(cwd), os.environ.get('PYTHONPATH')]))},
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
         capture_output=True, text=True, timeout=240)
     output = process.stderr + process.stdout
     assert process.returncode == 0, output
