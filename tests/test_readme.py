@@ -67,5 +67,4 @@ def test_picture_of_the_block():
     assert [x[1:] for x in draw_block.trace(rate=8, stride=1)] == [
         (72, 56), (144, 28), (144, 14), (144, 7), (36, 7), (36, 56), (72, 56)]
     assert [x[1:] for x in draw_block.trace(rate=2, stride=2)] == [(72, 56), (144, 28), (36, 28), (72, 28)]
-    titles = [axes.get_title(loc='left') for axes in draw_block.draw().axes]
-    assert titles == [f'Rate {rate}, stride {stride}' for rate in (2, 4, 8) for stride in (1, 2)]
+    assert len(draw_block.draw().axes) == 6

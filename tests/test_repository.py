@@ -43,12 +43,6 @@ def test_tests_that_ci_names_exist():
     assert named and not [path for path in named if not (ROOT / path).is_file()]
 
 
-def test_ci_names_its_steps():
-    done = subprocess.run(['bash', ROOT / '.ci/run', 'lint', 'tests'], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(r"\.ci/run: error: there is no step 'tests', choose from: readme_tests lint .+\n", done.stderr)
-
-
 def test_citation_is_that_of_readme():
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     entry = dict(re.findall(r'^  (\w+) = \{(.*)\},?$', readme, re.MULTILINE))
