@@ -39,9 +39,8 @@ def requirements() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as e:
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: error: {e.name} is not installed. In a clone of timm-hbonet, run "
-            f"pip install -e '.[scripts]'")
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script}: error: {e.name} is not installed. In a clone of timm-hbonet: pip install -e '.[scripts]'")
 
 
 def number(kind: type, least: float, most: float = sys.maxsize) -> Callable[[str], Union[int, float]]:
@@ -65,8 +64,7 @@ def device(text: str) -> str:
         if found.type != 'cuda':  # memory there would be taken in each of several processes
             torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        reason = str(e).splitlines()[0]
-        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {reason}. Give another, such as cpu') from None
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {str(e).splitlines()[0]}. Give another') from None
     return text
 
 
@@ -79,8 +77,7 @@ def add_run_options(parser: argparse.ArgumentParser, output: str, epochs: int) -
         help='(default: %(default)s)')
     add('--epochs', type=number(int, 1), default=epochs, metavar='N', help='(default: %(default)s)')
     # torch, NumPy and Python take more, less the epochs and processes that are added
-    add('--seed', type=number(int, 0, 2 ** 31), default=0, metavar='N',
-        help='seed of weights, order and augmentation (default: %(default)s)')
+    add('--seed', type=number(int, 0, 2 ** 31), default=0, metavar='N', help='(default: %(default)s)')
 
 
 def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
@@ -98,24 +95,23 @@ def create_output_dir(args: argparse.Namespace) -> None:
     """Make --output, or with the next free number, a new folder `args.output_dir`: nothing is overwritten."""
     path = args.output if args.output.name not in ('', '..') else args.output.resolve()
     try:
-        path = Path(get_outdir(str(path), inc=True))  # also beside an empty one, which another run may have made
+        # also beside an empty one, which another run may have made
+        args.output_dir = Path(get_outdir(str(path), inc=True))
     except (OSError, AssertionError) as e:
         reason = e.strerror if isinstance(e, OSError) else 'the numbers up to 99 are taken'
         raise BadInput(f'--output {args.output} cannot be made: {reason}. Give another folder.') from None
-    args.output_dir = path
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write beside the place and rename, so that the file is never half-written."""
-    partial = path.with_name(f'.{path.name}')
+    beside = path.with_name(f'.{path.name}')
     try:
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
     except OSError as e:
         raise BadInput(f'{path} cannot be written: {e.strerror or e}. Make room, or give another --output.') from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
@@ -161,10 +157,7 @@ def check_interrupt(*received: Any) -> None:
         raise KeyboardInterrupt
 
 
-def run_script(
-        main: Callable[[argparse.Namespace, argparse.ArgumentParser], None],
-        parser: argparse.ArgumentParser,
-) -> None:
+def run_script(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
     """Run a script's main function. What the user can mend, and Ctrl-C, end it with one line."""
     args = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it

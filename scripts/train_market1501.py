@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Train a timm model for re-identification on data in the layout of Market-1501, evaluate it, or find an image again.
 
-Identity cross entropy and batch-hard triplet loss on the model's pooled features, then CMC rank-1, rank-5, rank-10 and
-mAP under the single-query protocol, with a picture of the top matches. Runs on a GPU if there is one, and in several
-processes with torchrun. See docs/market1501.md.
+Runs on a GPU if there is one, and in several processes with torchrun. See docs/market1501.md.
 """
 import argparse
 import re
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
@@ -34,9 +31,8 @@ DISTRACTOR = 0  # junk is -1
 FILE_NAME = re.compile(r'(-1|[0-9]{1,18})_c([0-9]{1,18})([^0-9].*)?\.(jpe?g|png)', re.IGNORECASE)
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 RANKS = (1, 5, 10)
-EVAL_BATCH_SIZE = 128
-TILE = (100, 200)  # width and height in pixels, of the picture of matches
 Data = Dict[str, List['Sample']]  # by folder
+TILE = (100, 200)  # width and height in pixels, of the picture of matches
 
 
 class Sample(NamedTuple):
@@ -116,10 +112,7 @@ def check_images(paths: Sequence[Path], errors: List[str]) -> None:
 
 
 def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
-    """Give for each query the indices (M,) of gallery images, best match first.
-
-    By the single-query protocol, images of the query's identity from the query's own camera are left out.
-    """
+    """Give for each query indices (M,) of gallery images, best first, but not those of its identity by its camera."""
     for embedding, identity, camera in zip(*query, strict=True):
         order = (gallery.embeddings @ embedding).argsort(descending=True, stable=True)
         yield order[(gallery.identities[order] != identity) | (gallery.cameras[order] != camera)]
@@ -154,7 +147,7 @@ def create_transform(args: argparse.Namespace, model: ReidModel, is_training: bo
 def extract(model: ReidModel, paths: Sequence[Path], args: argparse.Namespace, desc: str) -> torch.Tensor:
     """Embeddings (N, D) of unit length on the CPU."""
     collate = partial(load_batch, create_transform(args, model, is_training=False))
-    loader = DataLoader([(p, 0) for p in paths], EVAL_BATCH_SIZE, num_workers=args.workers, collate_fn=collate)
+    loader = DataLoader([(p, 0) for p in paths], args.batch_size, num_workers=args.workers, collate_fn=collate)
     model.eval()
     embeddings = []
     for images, _ in progress(loader, desc):
@@ -229,11 +222,10 @@ def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data)
     collate = partial(load_batch, create_transform(args, model, is_training=True))
     dataset = [(s.path, classes[s.identity]) for s in data[TRAIN]]
     labels, epoch_size = [label for _, label in dataset], max(args.batch_size, len(dataset) // args.world_size)
-    miner, triplet_loss, metrics = BatchHardMiner(), TripletMarginLoss(margin=0.3), {}
+    miner, triplet_loss = BatchHardMiner(), TripletMarginLoss(margin=0.3)
 
-    def create_loader(epoch: int) -> DataLoader:
-        sampler = MPerClassSampler(labels, args.images_per_identity, args.batch_size, epoch_size)
-        return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, collate_fn=collate)
+    def create_sampler(epoch: int) -> MPerClassSampler:
+        return MPerClassSampler(labels, args.images_per_identity, args.batch_size, epoch_size)
 
     def compute_loss(parallel: nn.Module, batch: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         images, targets = (values.to(args.device) for values in batch)
@@ -242,16 +234,11 @@ def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data)
         embeddings = embeddings.float()
         return F.cross_entropy(logits.float(), targets) + triplet_loss(embeddings, targets, miner(embeddings, targets))
 
-    def evaluate_epoch() -> Dict[str, float]:
-        metrics.update(evaluate(model, data, args))
-        return metrics
-
     classifiers = model.backbone.pretrained_cfg['classifier']
-    train(
-        args, model, model.backbone, opt='adam', warmup_epochs=args.epochs // 12, create_loader=create_loader,
-        compute_loss=compute_loss, evaluate=evaluate_epoch, images=[path.name for path, _ in dataset],
-        checkpoint=checkpoint, last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
-    return metrics
+    return train(
+        args, model, model.backbone, 'adam', args.epochs // 12, dataset, create_sampler, collate, compute_loss,
+        evaluate=lambda: evaluate(model, data, args), images=[path.name for path, _ in dataset], checkpoint=checkpoint,
+        last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -262,8 +249,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_options(parser, 'market1501', epochs=120, batch_size=64, lr=3.5e-4)
     add('--image-size', type=number(int, 1), nargs=2, default=[256, 128], metavar=('HEIGHT', 'WIDTH'),
         help='(default: 256 128)')
-    add('--images-per-identity', type=number(int, 2), default=4, metavar='N',
-        help='in a batch, a divisor of --batch-size (default: %(default)s)')
+    add('--images-per-identity', type=number(int, 2), default=4, metavar='N', help='in a batch (default: %(default)s)')
     add('--predict', type=Path, metavar='IMAGE',
         help='with --evaluate FILE: rank all images in DIR and its folders by similarity to this one')
     return parser
@@ -273,16 +259,16 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.predict and not args.evaluate:
         parser.error('--predict takes a checkpoint by --evaluate FILE')
     checkpoint = start_run(args, parser)
-    if args.batch_size % args.images_per_identity or args.batch_size == args.images_per_identity:
-        parser.error(
-            f'--batch-size must be 2 or more times --images-per-identity {args.images_per_identity}, got '
-            f'{args.batch_size}')
-    paths = sorted(p for p in args.data.rglob('[!.]*') if args.predict and p.suffix.lower() in EXTENSIONS)
-    if args.predict and not paths:
-        raise BadInput(f'{args.data} has no images ({", ".join(EXTENSIONS)}) to rank. Give another folder.')
+    size, each = args.batch_size, args.images_per_identity
+    if size % each or size == each:
+        parser.error(f'--batch-size must be 2 or more times --images-per-identity {each}, got {size}')
     if args.predict:
+        paths = sorted(p for p in args.data.rglob('[!.]*') if p.suffix.lower() in EXTENSIONS)
+        if not paths:
+            raise BadInput(f'{args.data} has no images ({", ".join(EXTENSIONS)}) to rank. Give another folder.')
         check_images([args.predict, *paths], [])
-    data = {} if args.predict else read_data(args)
+    else:
+        data = read_data(args)
     if args.evaluate:
         model = create_reid_model(args)
         load_model(args, checkpoint, model.backbone)
@@ -292,8 +278,6 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if metrics:
         print(', '.join(f'{name} {value:.2f} %' for name, value in metrics.items()))
         print(f'Picture of the top matches: {args.output_dir / "matches.png"}')
-    if args.distributed:
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 from script_utils import BadInput, create_model, number, progress, raise_errors, read_image, run_script, write_file
@@ -22,11 +21,10 @@ from timm.utils import random_seed
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import Conv2dNormActivation
+from torchvision.models.detection.ssdlite import SSDLiteHead, _extra_block, _normal_init
 from torchvision.transforms import v2
 from training import add_options, autocast, check_overlap, load_model, start_run, train, write_grid, write_table
-from voc import CLASSES, VOC, DataFrame, Sample, Samples, Target, draw, read_lines, read_samples, voc_score
+from voc import CLASSES, DataFrame, Sample, Samples, Target, draw, load_batch, read_lines, read_samples, voc_score
 
 TILE = 400  # width and height in pixels, of the picture of detections
 to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -43,16 +41,9 @@ class SSDLiteBackbone(nn.Module):
                 f'--model {name} has features at strides {self.features.feature_info.reduction()}, SSDLite needs '
                 f'[16, 32]. Choose a convolutional model that ends at stride 32, as hbonet_100 does.')
         chs = [*self.features.feature_info.channels(), 512, 256, 256, 128]
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.ReLU6)
         self.extra = nn.ModuleList(
-            nn.Sequential(
-                conv(in_chs, out_chs // 2, 1),
-                conv(out_chs // 2, out_chs // 2, 3, stride=2, groups=out_chs // 2),
-                conv(out_chs // 2, out_chs, 1),
-            )
-            for in_chs, out_chs in zip(chs[1:], chs[2:], strict=False))
-        for module in (m for m in self.extra.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=0.03)
+            _extra_block(in_chs, out_chs, norm_layer) for in_chs, out_chs in zip(chs[1:], chs[2:], strict=False))
+        _normal_init(self.extra)
         self.out_channels = chs
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -78,16 +69,12 @@ def create_detector(args: argparse.Namespace, pretrained: bool = False) -> SSD:
         image_std=data_config['std']).to(args.device)
 
 
-def collate(batch: Sequence[Tuple[torch.Tensor, Target]]) -> Tuple[Tuple[torch.Tensor, ...], Tuple[Target, ...]]:
-    return tuple(zip(*batch, strict=True))
-
-
 @torch.inference_mode()
-def evaluate(model: SSD, dataset: VOC, args: argparse.Namespace) -> DataFrame:
+def evaluate(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> DataFrame:
     """Score the model on all images."""
     model.eval()
-    found, targets = [], []
-    loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.workers)
+    found, targets, collate = [], [], partial(load_batch, to_tensor, args.classes)
+    loader = DataLoader(samples, args.batch_size, collate_fn=collate, num_workers=args.workers)
     for images, batch in progress(loader, 'Test'):
         with autocast(args):
             found += [{k: v.cpu() for k, v in d.items()} for d in model([i.to(args.device) for i in images])]
@@ -201,20 +188,10 @@ def train_detector(
         augmentation += [
             v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()]
     transforms = v2.Compose([v2.ToImage(), *augmentation, v2.ToDtype(torch.float32, scale=True)])
-    train_set = VOC(samples['train'], args.classes, transforms)
-    test_set, val_set = (VOC(samples[k], args.classes, to_tensor) for k in ('test', 'val' if args.val_list else 'test'))
-    sampler = DistributedSampler(train_set, args.world_size, args.rank, seed=args.seed)
-    if len(sampler) < args.batch_size:
-        raise BadInput(
-            f'{args.data} has {len(train_set)} images for training, fewer than --batch-size {args.batch_size} in each '
-            f'of {args.world_size} processes. Lower --batch-size.')
-    score = None
+    collate, score = partial(load_batch, transforms, args.classes), None
 
-    def create_epoch_loader(epoch: int) -> DataLoader:
-        sampler.set_epoch(epoch)
-        # the last, smaller batch is dropped: a batch of one image has no statistics on the smallest map
-        return DataLoader(
-            train_set, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.workers, drop_last=True)
+    def create_sampler(epoch: int) -> DistributedSampler:
+        return DistributedSampler(samples['train'], args.world_size, args.rank, seed=args.seed + epoch)
 
     def compute_loss(parallel: nn.Module, batch: Tuple[Sequence[torch.Tensor], Sequence[Target]]) -> torch.Tensor:
         images = [i.to(args.device) for i in batch[0]]
@@ -224,58 +201,49 @@ def train_detector(
 
     def evaluate_epoch() -> Dict[str, float]:
         nonlocal score
-        score = evaluate(model, val_set, args)
+        score = evaluate(model, samples['val' if args.val_list else 'test'], args)
         return {**score.mean().add_prefix('map_').to_dict(), **score['area'].add_suffix(' AP area').to_dict()}
 
     train(
-        args, model, model, opt='momentum', warmup_epochs=1, create_loader=create_epoch_loader,
-        compute_loss=compute_loss, evaluate=evaluate_epoch, checkpoint=checkpoint,
-        images=[str(s.image.relative_to(args.data)) for s in samples['train']],
+        args, model, model, 'momentum', 1, samples['train'], create_sampler, collate, compute_loss, evaluate_epoch,
+        images=[str(s.image.relative_to(args.data)) for s in samples['train']], checkpoint=checkpoint,
         best_by='map_area' if args.val_list else '',
-        last_layers=tuple(
-            f'head.classification_head.module_list.{i}.1.' for i in range(len(model.backbone.out_channels))))
-    return model, evaluate(model, test_set, args) if args.val_list and args.rank == 0 else score
+        last_layers=tuple(f'head.classification_head.module_list.{i}.1.' for i in range(6)))
+    return model, evaluate(model, samples['test'], args) if args.val_list and args.rank == 0 else score
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('data', type=Path, nargs='?', metavar='DIR',
-        help='folder with Annotations, JPEGImages and ImageSets/Main, or VOCdevkit with VOC2007 and VOC2012; not for '
-        '--predict and --export')
+        help='folder with Annotations, JPEGImages and ImageSets/Main, or VOCdevkit; not for --predict and --export')
     add_options(parser, 'voc', epochs=200, batch_size=32, lr=0.01)
     add('--train-lists', nargs='+', metavar='LIST',
-        help='lists of ImageSets/Main to train on, as trainval, in VOCdevkit VOC2007/trainval (default: trainval, or '
-        'else train; VOC2007/trainval and VOC2012/trainval)')
+        help='lists of ImageSets/Main, as trainval or VOC2007/trainval (default: trainval, or else train)')
     add('--test-list', metavar='LIST', help='list to test on (default: test, or else val; VOC2007/test)')
     add('--val-list', metavar='LIST',
         help='list to score epochs on, in place of the test list; the best is kept in best.pth, and tested')
     add('--classes', nargs='+', metavar='NAME',
-        help="names of the classes, or one file with a name in each line (default: VOC's 20 if there are no others, or "
-        'else those of the training lists, sorted)')
-    add('--image-size', type=number(int, 32), default=320, metavar='N',
-        help='height and width that images are resized to (default: %(default)s)')
+        help="names, or one file with one a line (default: VOC's 20, or if there are others, those in training lists)")
+    add('--image-size', type=number(int, 32), default=320, metavar='N', help='height and width (default: %(default)s)')
     add('--min-ratio', type=number(float, 0.01, 0.9), default=0.2, metavar='X',
-        help='size of the smallest default boxes, as a part of the image; objects should not be much smaller (default: '
-        '%(default)s)')
+        help='smallest default boxes, as a part of the image; for smaller objects, lower it (default: %(default)s)')
     add('--augmentation', choices=['ssd', 'hflip'], default='ssd',
         help="'ssd' distorts colours, zooms out, crops and flips, 'hflip' flips only (default: %(default)s)")
     add('--predict', type=Path, nargs='+', metavar='PHOTO',
         help='with --evaluate FILE: draw what is found in photographs, and write a table of it')
     add('--export', action='store_true', help='with --evaluate FILE: write ONNX of the whole detector')
     add('--min-score', type=number(float, 0, 1), default=0.3, metavar='X',
-        help='lowest score that is drawn, or written to the table (default: %(default)s)')
+        help='lowest score that is drawn or listed (default: %(default)s)')
     return parser
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if (args.predict or args.export) and not args.evaluate:
-        parser.error('--predict and --export need a checkpoint, --evaluate FILE')
-    if not (args.data or args.predict or args.export):
-        parser.error('the following arguments are required: DIR')
+    if not (args.evaluate if args.predict or args.export else args.data):
+        parser.error('DIR is missing; or with --predict and --export a checkpoint, --evaluate FILE')
     checkpoint, score = start_run(args, parser), None
     if args.classes and len(args.classes) == 1 and Path(args.classes[0]).is_file():
-        args.classes = [n for n in read_lines(Path(args.classes[0])) if n]
+        args.classes = list(read_lines(Path(args.classes[0])).values())
     if len(set(args.classes or [])) < len(args.classes or []):
         raise BadInput(f'--classes has a name twice: {", ".join(args.classes)}. Give each once.')
     samples = None if args.predict or args.export else read_data(args)
@@ -283,7 +251,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         model = create_detector(args)
         load_model(args, checkpoint, model)
         if samples:
-            score = evaluate(model, VOC(samples['test'], args.classes, to_tensor), args)
+            score = evaluate(model, samples['test'], args)
     else:
         model, score = train_detector(args, checkpoint, samples)
     if args.export:
@@ -294,8 +262,6 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         print(score.to_string(float_format='%.4f'))
         print('mAP at IoU 0.5: 11-point {:.4f}, area {:.4f}; at 0.50:0.95 {:.4f}'.format(*score.mean()))
         draw_samples(model, samples['test'], args)
-    if args.distributed:
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple
 
@@ -20,40 +21,32 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-CHECKPOINT_KEYS = {'script', 'options', 'images', 'world_size', 'history', 'epoch', 'state_dict', 'optimizer'}
 # every other option makes a run what it is, and is kept in its checkpoints
 FREE_OPTIONS = {
     'data', 'output', 'output_dir', 'evaluate', 'resume', 'init', 'predict', 'export', 'min_score', 'allow_overlap',
     'pretrained', 'device', 'workers', 'distributed', 'rank', 'local_rank', 'world_size', 'script'}
-# what a model is made with
-MODEL_OPTIONS = {'model', 'image_size', 'classes', 'min_ratio'}
+MODEL_OPTIONS = {'model', 'image_size', 'classes', 'min_ratio'}  # what a model is made with
 
 
 def add_options(parser: argparse.ArgumentParser, output: str, epochs: int, batch_size: int, lr: float) -> None:
     add = parser.add_argument
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        '--resume', type=Path, metavar='FILE',
+    start = parser.add_mutually_exclusive_group().add_argument
+    start('--resume', type=Path, metavar='FILE',
         help='continue the run of this last.pth, with the options it had, in a new folder beside its own')
-    start.add_argument('--evaluate', type=Path, metavar='FILE', help='only evaluate the model of this last.pth')
-    start.add_argument('--init', type=Path, metavar='FILE',
-        help='start from the weights of this last.pth, all but the last layer of its classes')
+    start('--evaluate', type=Path, metavar='FILE', help='only evaluate the model of this last.pth')
+    start('--init', type=Path, metavar='FILE', help='start from weights of this last.pth, all but those of the classes')
     add_run_options(parser, output, epochs)
     add('--model', default='hbonet_100', metavar='NAME', help='timm model (default: %(default)s)')
     add('--pretrained', action='store_true', help="start from the model's pretrained weights")
-    add('--batch-size', type=number(int, 2), default=batch_size, metavar='N',
-        help='images in a batch of each process (default: %(default)s)')
-    add('--lr', type=number(float, 1e-9), default=lr, metavar='X',
-        help='learning rate after warm-up, then a cosine to 0 (default: %(default)s)')
-    add('--weight-decay', type=number(float, 0), default=5e-4, metavar='X',
-        help='not on norms and biases (default: %(default)s)')
+    add('--batch-size', type=number(int, 2), default=batch_size, metavar='N', help='per process (default: %(default)s)')
+    add('--lr', type=number(float, 1e-9), default=lr, metavar='X', help='learning rate (default: %(default)s)')
+    add('--weight-decay', type=number(float, 0), default=5e-4, metavar='X', help='(default: %(default)s)')
     add('--allow-overlap', action='store_true', help='go on if what is tested on is trained on too')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='(default: %(default)s)')
-    add('--eval-every', type=number(int, 1), default=10, metavar='N',
-        help='evaluate after so many epochs, and at the end (default: %(default)s)')
+    add('--eval-every', type=number(int, 1), default=10, metavar='N', help='number of epochs (default: %(default)s)')
     add('--workers', type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load images, for each process (default: %(default)s)')
 
@@ -84,9 +77,9 @@ def start_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
 def load_checkpoint(path: Path, script: str) -> Dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if checkpoint['script'] == script and checkpoint.keys() >= CHECKPOINT_KEYS:
+        if checkpoint['script'] == script:
             return checkpoint
-        reason = f'it was written by {checkpoint["script"]}, or is not whole'
+        reason = f'it was written by {checkpoint["script"]}'
     except OSError as e:
         reason = e.strerror or e
     except Exception:  # damaged files and those of other programs have many ways to fail
@@ -97,8 +90,7 @@ def load_checkpoint(path: Path, script: str) -> Dict[str, Any]:
 def check_overlap(args: argparse.Namespace, images: Dict[str, Sequence[Any]]) -> None:
     """Raise BadInput if a list has an image or identity of another, and it is not allowed."""
     for (name, first), (other, second) in itertools.combinations(images.items(), 2):
-        known = set(first)
-        both = [i for i in dict.fromkeys(second) if i in known]
+        both = sorted(set(first) & set(second))
         if both and not args.allow_overlap:
             raise BadInput(
                 f'{both[0]} is in {name} and in {other}, and so are {len(both)} of the {len(set(second))} of {other}. '
@@ -151,24 +143,25 @@ def train(
         weights: torch.nn.Module,
         opt: str,
         warmup_epochs: int,
-        create_loader: Callable[[int], DataLoader],
+        dataset: Sequence,
+        create_sampler: Callable[[int], Sampler],
+        collate: Callable[[Sequence], Any],
         compute_loss: Callable[[torch.nn.Module, Any], torch.Tensor],
         evaluate: Callable[[], Dict[str, float]],
         images: Sequence[str],
         checkpoint: Optional[Dict[str, Any]],
         best_by: str = '',
         last_layers: Tuple[str, ...] = (),
-) -> None:
+) -> Dict[str, float]:
     """Train, and after each epoch write `last.pth` and `summary.csv` to a new folder.
 
-    If there is a score to choose it by, the model is the best in the end.
+    If there is a score to choose it by, the model is the best in the end. Returns the last scores.
 
     Args:
         model: What `compute_loss` is called with, in the form for several processes if there are.
         weights: The part of the model that is saved.
-        create_loader: Gives the loader of an epoch. Numbers that it draws are seeded by the epoch.
-        compute_loss: Gives the loss of the model for a batch.
-        evaluate: Gives scores. Called in the first process only. Those whose name starts with map or rank are printed.
+        create_sampler: Gives the sampler of an epoch. What it draws is seeded by the epoch.
+        evaluate: Gives scores. Called in the first process only. Those of a class (name AP) are not printed.
         images: Names that say which data are trained on.
         checkpoint: That of `args.resume` or `args.init`.
         best_by: Name of a score. The epoch that has the highest is kept in `best.pth` too.
@@ -178,14 +171,20 @@ def train(
         BadInput: If the checkpoint is of another run, nothing is learned, or a file cannot be written.
     """
     digest = hashlib.sha256('\n'.join(images).encode()).hexdigest()
-    updates = len(create_loader(0))
+    # a last, smaller batch is dropped: one of a single image has no statistics on a map of 1 x 1
+    loader = partial(DataLoader, dataset, args.batch_size, collate_fn=collate, num_workers=args.workers, drop_last=True)
+    updates = len(loader(sampler=create_sampler(0)))
+    if not updates:
+        raise BadInput(
+            f'{args.data} has {len(dataset)} images to train on, fewer than --batch-size {args.batch_size} in each of '
+            f'{args.world_size} processes. Lower --batch-size.')
     optimizer = create_optimizer_v2(model, opt, lr=args.lr, weight_decay=args.weight_decay)
     scaler = NativeScaler(torch.device(args.device).type) if args.amp and args.amp_dtype == 'float16' else None
     parts = dict(optimizer=optimizer, **({scaler.state_dict_key: scaler} if scaler else {}))
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', args.epochs, warmup_epochs=warmup_epochs, warmup_lr=args.lr / 100, step_on_epochs=False,
         updates_per_epoch=updates)
-    start_epoch, history = 0, []
+    start_epoch, history, scores = 0, [], {}
     if args.init:
         restore(args.init, checkpoint, weights, own=last_layers)
     elif checkpoint:
@@ -210,7 +209,8 @@ def train(
         model.train()
         start = time.monotonic()
         mean = torch.zeros((), device=args.device)
-        for update, batch in enumerate(progress(create_loader(epoch), f'Epoch {epoch + 1}'), epoch * updates + 1):
+        batches = progress(loader(sampler=create_sampler(epoch)), f'Epoch {epoch + 1}')
+        for update, batch in enumerate(batches, epoch * updates + 1):
             check_interrupt()
             loss = compute_loss(parallel, batch)
             if not math.isfinite(loss.item()):
@@ -246,8 +246,7 @@ def train(
         best = max(best, scores.get(best_by, -1))
         columns = list(dict.fromkeys(k for row in history for k in row))
         write_table(args.output_dir / 'summary.csv', columns, ([row.get(k, '') for k in columns] for row in history))
-        found = ''.join(
-            f', {k.replace("map", "mAP")} {v:.4f}' for k, v in scores.items() if k.lower().startswith(('map', 'rank')))
+        found = ''.join(f', {k.replace("map", "mAP")} {v:.4f}' for k, v in scores.items() if ' AP ' not in k)
         print(
             f'Epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}, learning rate {lr:.3g}, {seconds} s{found}',
             flush=True)
@@ -255,3 +254,6 @@ def train(
         checkpoint = load_checkpoint(args.output_dir / 'best.pth', args.script)
         weights.load_state_dict(checkpoint['state_dict'])
         print(f'The best of the val list is of epoch {checkpoint["epoch"] + 1}, and is tested now.')
+    if args.distributed:
+        dist.destroy_process_group()
+    return scores

@@ -3,14 +3,13 @@ import codecs
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from script_utils import BadInput, progress, raise_errors, read_image, requirements
-from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.tv_tensors import BoundingBoxes
@@ -25,10 +24,12 @@ with requirements():
 CLASSES = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+NAME = re.compile(r'(.*?)(\.jpe?g|\.png)?', re.IGNORECASE | re.DOTALL)
 NUMBER = re.compile(r'[-+]?(\d{1,9}\.?\d*|\.\d+)(e[-+]?\d\d?)?', re.ASCII | re.IGNORECASE)  # float() takes 1_0 as 10
 FONT = f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf'
 
 Target = Dict[str, torch.Tensor]
+Samples = Dict[str, List['Sample']]  # by list
 
 
 class Sample(NamedTuple):
@@ -39,48 +40,34 @@ class Sample(NamedTuple):
     difficult: Tuple[bool, ...]
 
 
-Samples = Dict[str, List[Sample]]  # by list
-
-
-class VOC(Dataset):
+def load_batch(
+        transforms: Callable, classes: Sequence[str], samples: Sequence[Sample]) -> Tuple[Tuple[Any, ...], ...]:
     """Transformed images with their targets: `boxes` [N, 4], `labels` [N] from 1 (0 is background), `difficult` [N]."""
-
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str], transforms: Callable) -> None:
-        self.samples, self.classes, self.transforms = samples, classes, transforms
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, Target]:
-        sample = self.samples[index]
+    batch = []
+    for sample in samples:
         image = read_image(sample.image, upright=False)  # boxes count the stored pixels
         boxes = torch.tensor(sample.boxes).reshape(-1, 4)
-        return self.transforms(image, dict(
+        batch.append(transforms(image, dict(
             boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=image.size[::-1]),
-            labels=torch.tensor([self.classes.index(n) + 1 for n in sample.names], dtype=torch.long),
-            difficult=torch.tensor(sample.difficult, dtype=torch.bool)))
+            labels=torch.tensor([classes.index(n) + 1 for n in sample.names], dtype=torch.long),
+            difficult=torch.tensor(sample.difficult, dtype=torch.bool))))
+    return tuple(zip(*batch, strict=True))
 
 
 def read_samples(lists: Dict[str, List[Path]], classes: Optional[Sequence[str]]) -> Samples:
-    """Read and check all that lists name.
-
-    Args:
-        lists: Files, each in `ImageSets/Main` of a folder that has `JPEGImages` and `Annotations` too.
-        classes: What objects may be. None for anything.
+    """Read and check all that lists name, in `ImageSets/Main` of folders with `JPEGImages` and `Annotations`.
 
     Raises:
-        BadInput: If files are missing, unreadable or wrong. The first 20 are named.
+        BadInput: If files are missing, unreadable or wrong, or have other classes than those given. 20 are named.
     """
     samples, known, errors = {k: [] for k in lists}, {}, []
     for key, path in ((k, p) for k, paths in lists.items() for p in paths):
         folder, images, lines = path.parents[2], defaultdict(list), read_lines(path)
         for image in sorted((folder / 'JPEGImages').rglob('*')):
-            name, extension = split_name(image.relative_to(folder / 'JPEGImages').as_posix())
+            name, extension = NAME.fullmatch(image.relative_to(folder / 'JPEGImages').as_posix()).groups('')
             images[name] += [image] if extension else []
-        for line, text in enumerate(progress(lines, f'{folder.name} {path.stem}'), 1):
+        for line, text in progress(lines.items(), f'{folder.name} {path.stem}'):
             try:
-                if not text:
-                    continue
                 name, image = find_image(folder, images, text)
                 if (key, image) in known:
                     raise ValueError(f'{name} is in {known[key, image]} too. Remove one of them.')
@@ -99,7 +86,10 @@ def read_samples(lists: Dict[str, List[Path]], classes: Optional[Sequence[str]])
 
 def read_text(path: Path) -> str:
     """Text in the encoding of its mark or XML declaration, or else UTF-8. Python has more than the parser, as GBK."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}. Add it, or give other lists or data.') from None
     declared = re.match(rb'\s*<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)', content)
     utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = 'utf-16' if utf_16 else declared[1].decode() if declared else 'utf-8-sig'
@@ -114,31 +104,24 @@ def read_text(path: Path) -> str:
             f'the first line of an annotation, <?xml version="1.0" encoding="..."?>.') from None
 
 
-def read_lines(path: Path) -> List[str]:
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except OSError as e:
-        raise BadInput(f'{path} cannot be read: {e.strerror}. Give a folder and lists as --help says.') from None
-    if not any(lines) or '\0' in ''.join(lines):  # UTF-16 without its mark
+def read_lines(path: Path) -> Dict[int, str]:
+    """Lines that are not blank, by number."""
+    lines = {i: line.strip() for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()}
+    if not lines or '\0' in lines[min(lines)]:  # UTF-16 without its mark
         raise BadInput(f'{path} names nothing. Write one name in each line, in UTF-8.')
     return lines
-
-
-def split_name(name: str) -> Tuple[str, str]:
-    return re.fullmatch(r'(.*?)(\.jpe?g|\.png)?', name, re.IGNORECASE | re.DOTALL).groups('')
 
 
 def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[str, Path]:
     """Name without extension, and image, of a line. Lists of one class have a second column, -1, 0 or 1."""
     for line in (text, re.sub(r'\s+(-1|0|1)$', '', text)):
-        name, extension = split_name(line)
+        name, extension = NAME.fullmatch(line).groups('')
         found = [i for i in images.get(name, []) if i.suffix == extension] or images.get(name, [])
         if len(found) > 1:
             raise ValueError(f'{" and ".join(i.name for i in found)} are there. Write which, or remove one.')
         if found:
             return name, found[0]
-    extension = '' if split_name(text)[1] else '.jpg, .jpeg or .png'
-    raise ValueError(f'{folder / "JPEGImages" / text}{extension} is missing. Add it, or remove the line.')
+    raise ValueError(f'{folder / "JPEGImages" / text} is missing, as .jpg, .jpeg or .png. Add it, or remove the line.')
 
 
 def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str]] = None) -> Sample:
@@ -158,8 +141,6 @@ def read_annotation(path: Path, image_path: Path, classes: Optional[Sequence[str
         for number, item in enumerate(items, 1):
             where = f'object {number}: '
             objects += [] if read_flag(item, 'deleted') else [read_object(item, size, classes)]
-    except FileNotFoundError:
-        raise BadInput(f'{path} is missing. Add it, or remove the image from its lists.') from None
     except ParseError as e:
         raise BadInput(
             f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file '
@@ -222,10 +203,9 @@ def draw(image: Image.Image, boxes: Sequence, captions: Sequence[str], color: st
 
 
 def match(detections: Target, target: Target, label: int) -> List[Tuple[float, bool]]:
-    """Scores of an image's detections of a class, and which are right.
+    """Scores of an image's detections of a class, and which are right: the first for each object.
 
-    A detection is for the object that it overlaps most. Only the first for an object is right, and those for difficult
-    objects are left out.
+    A detection is for the object that it overlaps most. Those for difficult objects are left out.
     """
     mine, wanted = detections['labels'] == label, target['labels'] == label
     scores, order = detections['scores'][mine].double().sort(descending=True, stable=True)
@@ -241,12 +221,7 @@ def match(detections: Target, target: Target, label: int) -> List[Tuple[float, b
 
 
 def average_precision(right: torch.Tensor, positives: int) -> Tuple[float, float]:
-    """AP by the 11 points of 2007, and by the area of 2010 and later.
-
-    Args:
-        right: Whether each detection is right, the one of the highest score first.
-        positives: Number of objects, 1 or more.
-    """
+    """AP by the 11 points of 2007, and by the area of 2010 and later, of detections in the order of their scores."""
     found = right.cumsum(0)
     precision = found.double() / torch.arange(1, len(right) + 1)
     highest = precision.flip(0).cummax(0).values.flip(0)  # at this recall or above
@@ -262,8 +237,7 @@ def voc_score(detections: Sequence[Target], targets: Sequence[Target], classes: 
 
     Args:
         detections: Of each image, `boxes` [N, 4], `labels` [N] and `scores` [N].
-        targets: Of each image, `boxes` [N, 4], `labels` [N] and `difficult` [N].
-        classes: Names of the labels from 1.
+        targets: Of each image, `boxes` [N, 4], `labels` [N] from 1 and `difficult` [N].
     """
     metric = MeanAveragePrecision(class_metrics=True, sync_on_compute=False)  # one process has all detections
     metric.warn_on_many_detections = False

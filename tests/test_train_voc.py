@@ -508,7 +508,7 @@ def test_the_listed_extension_decides(cells):
     (cells / LIST).write_text('no 100.PNG\n')
     sample, = voc.read_samples(dict(train=[cells / LIST]), None)['train']
     assert sample.image.name == 'no 100.PNG'
-    image, target = voc.VOC([sample], list(COLORS), v2.ToImage())[0]
+    (image,), (target,) = voc.load_batch(v2.ToImage(), list(COLORS), [sample])
     assert image.shape == (3, 64, 64) and target['labels'].tolist() == [1]
 
 
@@ -519,7 +519,7 @@ def test_pictures_are_not_turned_away_from_their_boxes(cells):
     image.paste('white', (0, 0, 32, 32))
     image.save(cells / 'JPEGImages/no 101.JPG', exif=exif)
     annotate(cells, (1, 1, 32, 32), size=(64, 32))
-    image, found = voc.VOC([read(cells)], ['dog'], v2.ToImage())[0]
+    (image,), (found,) = voc.load_batch(v2.ToImage(), ['dog'], [read(cells)])
     assert image.shape == (3, 32, 64)
     left, top, right, bottom = found['boxes'].int()[0].tolist()
     assert image[:, top:bottom, left:right].float().mean() > 200
@@ -554,7 +554,7 @@ def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
     assert 'twice: cell, cell' in fail(*args, '--classes', 'cell', 'cell')
     assert f'no 100 is in {cells / LIST}, line 1 too' in run(*args, '--train-lists', 'trainval', 'trainval')[2]
     (cells / 'ImageSets/Main/test.txt').write_text('no 300\nno 103\nno 102\n')
-    assert 'no 103.jpg is in the train list and in the test list, and so are 2 of the 3' in fail(*args)
+    assert 'no 102.png is in the train list and in the test list, and so are 2 of the 3' in fail(*args)
     assert run(*args, '--allow-overlap')[0] == 0
     assert 'no 200.jpg' in fail(*args, '--test-list', 'val', '--train-lists', 'val', '--val-list', 'test')
     for path in (cells / 'Annotations').glob('no 1*.xml'):
