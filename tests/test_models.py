@@ -1,9 +1,7 @@
 """What timm's own models do, and what timm's test suite does not ask of every model."""
 import copy
-import functools
 import pickle
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -19,13 +17,13 @@ from networks import (
     needs_torch,
     released,
 )
-from onnx.reference import ReferenceEvaluator
 from reference import ARCHITECTURES, release_state_dict
 from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from timm_hbonet import HBONet
@@ -39,7 +37,7 @@ CHANNELS = {
     'hbonet_025_8x_d8': [16, 24, 24, 40, 104],
     'hbonet_010': [4, 8, 12, 16, 40],
 }
-RATES = ['hbonet_010', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8']
+needs_float16 = needs_torch('2.3', 'float16 convolutions on a CPU')
 
 
 @pytest.mark.parametrize('name', CHANNELS)
@@ -48,7 +46,7 @@ def test_feature_info(name):
     assert info.reduction() == REDUCTIONS and info.channels() == CHANNELS[name]
 
 
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
+@pytest.mark.parametrize('feature_cls', ['list', 'hook', 'getter'])
 def test_features(feature_cls):
     name, image = 'hbonet_025_8x_d8', images(2, 3, 64, 96)
     model = timm.create_model(
@@ -56,18 +54,11 @@ def test_features(feature_cls):
         feature_cls=feature_cls, dtype=torch.float64).eval()
     with torch.no_grad():
         features = model(image)
-        features = list(features.values()) if isinstance(features, dict) else features
         expected = released(name).forward_intermediates(image, intermediates_only=True)
     assert [f.shape for f in features] == [
         (2, channels, 64 // r, 96 // r) for channels, r in zip(CHANNELS[name], REDUCTIONS, strict=True)]
     for feature, intermediate in zip(features, expected, strict=True):
         assert torch.equal(feature, intermediate)
-
-
-def test_features_at_indices():
-    model = timm.create_model('hbonet_010', features_only=True, out_indices=(1, -1))
-    assert model.feature_info.reduction() == [4, 32]
-    assert [f.shape[-1] for f in model(images(2, 3, 64, 64, dtype=torch.float32))] == [16, 2]
 
 
 def test_head():
@@ -86,12 +77,10 @@ def test_head():
     assert torch.equal(model(image), features)
 
 
-@pytest.mark.parametrize('global_pool, pool', [
-    ('max', lambda x: x.amax((2, 3))), ('avgmax', lambda x: (x.mean((2, 3)) + x.amax((2, 3))) / 2), ('', lambda x: x)])
-def test_global_pool_and_input_channels(global_pool, pool):
-    model = create_network(num_classes=0, global_pool=global_pool, in_chans=1)
-    image = images(2, 1, 64, 64)
-    assert_equal(model(image), pool(model.forward_features(image)))
+def test_global_pool_and_input_channels():
+    model, image = create_network(num_classes=0, global_pool='avgmax', in_chans=1), images(2, 1, 64, 64)
+    features = model.forward_features(image)
+    assert_equal(model(image), (features.mean((2, 3)) + features.amax((2, 3))) / 2)
 
 
 def test_intermediates_stop_early_and_prune():
@@ -112,16 +101,12 @@ def test_intermediates_stop_early_and_prune():
         assert_equal(feature, tap)
 
 
-@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
-def test_output_stride_16(name):
-    dense, strided, image = create_network(name, output_stride=16), create_network(name), images(1, 3, 96, 96)
+def test_output_stride_16():
+    dense, strided, image = create_network(output_stride=16), create_network(), images(1, 3, 96, 96)
     dense.load_state_dict(strided.state_dict())
     assert [f['reduction'] for f in dense.feature_info] == [2, 4, 8, 16, 16]
     assert [f.shape[-1] for f in dense.forward_intermediates(image, intermediates_only=True)] == [48, 24, 12, 6, 6]
-    # the first block whose stride is gone is followed by dilated ones that see as far as before
-    dilations = [m.dilation[0] for m in dense.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert dilations[-3:] == [1, 2, 2] and set(dilations[:-3]) == {1}
-    # and agrees with the strided network at every other position
+    # dilated, it agrees with the strided network at every other position
     assert_equal(dense.forward_features(image)[..., ::2, ::2], strided.forward_features(image))
 
 
@@ -133,8 +118,7 @@ def test_grad_checkpointing_gives_the_same_gradients():
         model.blocks[3][0].register_forward_pre_hook(lambda *args, enable=enable: calls.append(enable))
         model(images(2, 3, 64, 64)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-        assert torch.equal(model.eval()(images(1, 3, 64, 64)), model.eval()(images(1, 3, 64, 64)))
-    assert calls == [False] * 3 + [True] * 4  # again in the backward pass
+    assert calls == [False, True, True]  # again in the backward pass
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -149,16 +133,11 @@ def test_layer_decay_has_one_group_a_block():
 
 
 def test_dropout():
-    model = released('hbonet_010')
-    features = model.forward_features(images(2, 3, 64, 64))
-    embedding = model.forward_head(features, pre_logits=True)
-    model.drop_rate = timm.create_model('hbonet_010', drop_rate=0.3, device='meta').drop_rate
-    assert torch.equal(model.forward_head(features, pre_logits=True), embedding)
-    torch.manual_seed(0)
+    model, features = timm.create_model('hbonet_010', drop_rate=0.3), torch.ones(2, 1600, 2, 2)
     dropped = model.train().forward_head(features, pre_logits=True)
-    kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], embedding[kept] / 0.7)
-    assert kept.sum().item() == pytest.approx(0.7 * (embedding != 0).sum().item(), rel=0.05)
+    torch.testing.assert_close(dropped[dropped != 0], torch.full(((dropped != 0).sum(),), 1 / 0.7))
+    assert 0.6 < (dropped != 0).double().mean() < 0.8
+    assert torch.equal(model.eval().forward_head(features, pre_logits=True), torch.ones(2, 1600))
 
 
 def test_stochastic_depth():
@@ -177,34 +156,27 @@ def test_stochastic_depth():
     assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(norm_layer='batchnorm2d'), dict(norm_layer=nn.BatchNorm2d)])
-def test_bn_arguments_of_the_scripts(kwargs):
-    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=0.1, dtype=torch.float64, **kwargs).eval()
+@pytest.mark.parametrize('norm_layer', ['batchnorm2d', nn.BatchNorm2d])
+def test_bn_arguments_of_the_scripts(norm_layer):
+    model = timm.create_model('hbonet_010', bn_momentum=0.03, bn_eps=0.1, norm_layer=norm_layer)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 76 and {(m.momentum, m.eps) for m in norms} == {(0.03, 0.1)}
-    default, image = released('hbonet_010'), images(1, 3, 64, 64)
-    model.load_state_dict(default.state_dict())
-    assert (model(image) - default(image)).abs().max() > 0.01
-    for m in default.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            assert (m.momentum, m.eps) == (0.1, 1e-5)
-            m.eps = 0.1
-    assert torch.equal(model(image), default(image))
+    norms = [m for m in timm.create_model('hbonet_010').modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
 
 
-@pytest.mark.parametrize('act_layer, act, count', [
-    ('relu6', nn.ReLU6, 35), ('silu', nn.SiLU, 35), ('prelu', nn.PReLU, 35), ('hard_swish', nn.Hardswish, 35),
-    ('', nn.ReLU6, 0)])
-@pytest.mark.parametrize('norm_layer', ['groupnorm1', BatchNormAct2d])
-def test_norm_and_act_layers(norm_layer, act_layer, act, count):
+@pytest.mark.parametrize('norm_layer, norm, act_layer, act, count', [
+    ('groupnorm1', nn.GroupNorm, 'prelu', nn.PReLU, 35),
+    (BatchNormAct2d, BatchNormAct2d, 'hard_swish', nn.Hardswish, 35),
+    ('batchnorm2d', BatchNormAct2d, '', nn.ReLU6, 0),
+])
+def test_norm_and_act_layers(norm_layer, norm, act_layer, act, count):
     model = timm.create_model('hbonet_010', norm_layer=norm_layer, act_layer=act_layer)
-    assert isinstance(model.conv_stem.bn, nn.GroupNorm if norm_layer == 'groupnorm1' else BatchNormAct2d)
-    assert sum(isinstance(m, act) for m in model.modules()) == count
-    if act_layer != 'relu6':
-        assert not any(isinstance(m, nn.ReLU6) for m in model.modules())
-    logits = model(images(2, 3, 32, 32, dtype=torch.float32))
-    logits.sum().backward()
-    assert logits.shape == (2, 1000) and all(p.grad.isfinite().all() for p in model.parameters())
+    modules = list(model.modules())
+    assert sum(isinstance(m, norm) for m in modules) == 76 and sum(isinstance(m, act) for m in modules) == count
+    assert not any(isinstance(m, nn.ReLU6) for m in modules)
+    model(images(2, 3, 32, 32, dtype=torch.float32)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
@@ -218,7 +190,7 @@ def test_release_in_other_batch_norms(convert):
 
 @pytest.mark.parametrize('device, dtype', [
     ('meta', torch.float32), ('cpu', torch.float64), ('cpu', torch.bfloat16),
-    pytest.param('cpu', torch.float16, marks=needs_torch('2.3', 'float16 convolutions on a CPU'))])
+    pytest.param('cpu', torch.float16, marks=needs_float16)])
 def test_device_and_dtype(device, dtype):
     model = timm.create_model('hbonet_025_4x_d8', device=device, dtype=dtype, spatial_expansion='deconv')
     tensors = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
@@ -227,8 +199,7 @@ def test_device_and_dtype(device, dtype):
     assert model.eval()(torch.zeros(1, 3, 64, 64, device=device, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize('dtype', [
-    torch.bfloat16, pytest.param(torch.float16, marks=needs_torch('2.3', 'float16 convolutions on a CPU'))])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16)])
 def test_low_precision(dtype):
     model, image = create_network(), images(4, 3, 64, 64)
     expected = model(image)
@@ -286,21 +257,7 @@ def test_multiples_of_32_are_as_released_to_the_bit(rate, stride):
         if rate > stride:
             shortcut = F.avg_pool2d(x[:, :18], 2) if stride == 2 else x[:, :18]
             y = block.conv_dw_end(shortcut + F.interpolate(y, scale_factor=rate // stride))
-        expected = torch.cat([rest, y], 1)
-        assert torch.equal(block(x), expected)
-        # one forward for all
-        assert torch.equal(torch.jit.script(block)(x), expected)
-        assert torch.equal(torch.fx.symbolic_trace(block)(x), expected)
-        for m in block.modules():
-            m.training = not isinstance(m, BatchNormAct2d)
-        assert torch.equal(block(x), expected)
-
-
-def test_only_rate_2_activates_before_the_channels_are_contracted():
-    for rate in (2, 4, 8):
-        block = HarmoniousBottleneck(8, 8, rate=rate)
-        assert isinstance(block.conv_dw.bn.act, nn.ReLU6) == (rate == 2)
-        assert not isinstance(block.conv_pwl.bn.act, nn.ReLU6)
+        assert torch.equal(block(x), torch.cat([rest, y], 1))
 
 
 @pytest.mark.parametrize('rate, stride', [(2, 1), (4, 1), (8, 1), (4, 2), (8, 2)])
@@ -319,52 +276,50 @@ def test_spatial_expansion(rate, stride):
 
 def test_pooling_averages_the_pixels_that_there_are():
     x = torch.tensor([[[[1., 3., 5.], [5., 7., 9.], [2., 4., 8.]]]])
-    expected = [[[[4., 7.], [3., 8.]]]]
-    for pool in (avg_pool2d, torch.jit.script(avg_pool2d), torch.fx.symbolic_trace(avg_pool2d)):
-        assert pool(x).tolist() == expected
+    assert avg_pool2d(x).tolist() == [[[[4., 7.], [3., 8.]]]]
 
 
-@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
-def test_backward_hooks_on_every_module(name):
+def test_backward_hooks_on_every_module():
     gradients, calls = [], set()
     for hooked in (False, True):
-        model = released(name).train()
+        model = released('hbonet_010').train()
         for key, m in model.named_modules():
             if hasattr(m, 'inplace'):
                 m.inplace = False
             if hooked:
                 m.register_full_backward_hook(lambda *args, key=key: calls.add(key))
-        image = images(2, 3, 64, 64).requires_grad_()
-        model(image).square().mean().backward()
-        gradients.append([image.grad, *(p.grad for p in model.parameters())])
-        assert image._backward_hooks is None
-        layers = (nn.Conv2d, nn.Linear, BatchNormAct2d, HarmoniousBottleneck, InvertedResidual)
-        assert not hooked or calls >= {key for key, m in model.named_modules() if isinstance(m, layers)}
+        model(images(2, 3, 64, 64)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert calls >= {key for key, m in model.named_modules() if isinstance(m, (nn.Conv2d, HarmoniousBottleneck))}
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)  # hooks change the order of sums
 
 
-# one block a stage has all that there is to compile, in a third of the time
-SHORT = dict(depths=(1,) * 9, num_classes=5)
+# all kinds of blocks, which compile and export in a fraction of a network's time
 
 
-@pytest.mark.parametrize('spatial_expansion', ['nearest', 'deconv'])
-def test_compile_has_no_graph_break(spatial_expansion):
-    model = create_network(rates=(8, 4, 2, 2, 2), spatial_expansion=spatial_expansion, **SHORT)
-    image, gradients = images(2, 3, 64, 64), []
-    model.train(spatial_expansion == 'nearest')
-    for forward in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):
-        model.zero_grad()
-        logits = forward(image)
-        logits.square().mean().backward()
-        gradients.append([logits, *(p.grad for p in model.parameters())])
+def create_blocks(spatial_expansion='nearest', dtype=torch.float64):
+    torch.manual_seed(0)
+    kwargs = dict(spatial_expansion=spatial_expansion)
+    return estimate_statistics(nn.Sequential(
+        nn.Conv2d(3, 4, 1), HarmoniousBottleneck(4, 8, rate=8, **kwargs),
+        HarmoniousBottleneck(8, 12, stride=2, rate=4, **kwargs), HarmoniousBottleneck(12, 12, stride=2, **kwargs),
+        InvertedResidual(12, 12, exp_ratio=6)).to(dtype))
+
+
+def test_compile_has_no_graph_break():
+    blocks, x, gradients = create_blocks().train(), images(2, 3, 32, 32), []
+    for forward in (blocks, torch.compile(blocks, fullgraph=True, backend='aot_eager')):
+        blocks.zero_grad()
+        y = forward(x)
+        y.square().mean().backward()
+        gradients.append([y, *(p.grad for p in blocks.parameters())])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_compiled_once_for_all_sizes():
-    import torch._dynamo.testing
-    compiler = torch._dynamo.testing.CompileCounter()
+    compiler = CompileCounter()
     blocks = nn.Sequential(HarmoniousBottleneck(4, 4, rate=4), HarmoniousBottleneck(4, 8, stride=2)).eval()
     compiled = torch.compile(blocks, fullgraph=True, dynamic=True, backend=compiler)
     with torch.no_grad():
@@ -373,64 +328,34 @@ def test_compiled_once_for_all_sizes():
     assert compiler.frame_count <= 3, 'compiles again for each size'
 
 
-def dynamic_sizes(**multiples):
-    names = ('batch', 'height', 'width')
-    dims = [multiples.get(name, 1) * torch.export.Dim(name, min=1 if name == 'batch' else 33) for name in names]
-    return dict(zip((0, 2, 3), dims, strict=True))
+def dynamic_sizes(step=1):
+    return {0: torch.export.Dim('batch', min=1), **{
+        i: step * torch.export.Dim(name, min=-(-33 // step)) for i, name in ((2, 'height'), (3, 'width'))}}
 
 
 @needs_dynamic_export
-@pytest.mark.parametrize('name', ['hbonet_010', 'hbonet_025_8x_d8'])
-def test_export_of_dynamic_batch_and_size(name):
-    model = create_network(name, **SHORT)
-    program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic_sizes(),)).module()
-    for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
-        assert_equal(program(images(*shape)), model(images(*shape)))
-
-
-@needs_dynamic_export
-def test_export_of_dynamic_size_with_deconv():
-    model = create_network(spatial_expansion='deconv', **SHORT)
-    height, width = 32 * torch.export.Dim('height', min=2), 32 * torch.export.Dim('width', min=2)
-    program = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=({2: height, 3: width},)).module()
-    assert_equal(program(images(2, 3, 128, 64)), model(images(2, 3, 128, 64)))
+@pytest.mark.parametrize('spatial_expansion, step, size', [('nearest', 1, (47, 100)), ('deconv', 32, (128, 64))])
+def test_export_of_dynamic_batch_and_size(spatial_expansion, step, size):
+    blocks, x = create_blocks(spatial_expansion), images(3, 3, *size)
+    program = torch.export.export(blocks, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic_sizes(step),)).module()
+    assert_equal(program(x), blocks(x))
 
 
 @needs_onnx_exporter
-@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
-def test_onnx_of_dynamic_batch_and_size(exporter, tmp_path):
-    model, path = create_network('hbonet_025_4x_d8', torch.float32, **SHORT), str(tmp_path / 'model.onnx')
-    if exporter == 'dynamo':
-        options = dict(dynamo=True, dynamic_shapes=(dynamic_sizes(),), verbose=False)
-    else:
-        options = dict(dynamo=False, dynamic_axes={'image': {0: 'batch', 2: 'height', 3: 'width'}}, opset_version=17)
-    torch.onnx.export(model, (images(2, 3, 64, 96, dtype=torch.float32),), path, input_names=['image'], **options)
+@pytest.mark.parametrize('exporter, options', [
+    ('dynamo', dict(dynamo=True, dynamic_shapes=(dynamic_sizes(),), verbose=False)),
+    ('torchscript', dict(dynamo=False, dynamic_axes={'x': {0: 'batch', 2: 'height', 3: 'width'}}, opset_version=17)),
+])
+def test_onnx_of_dynamic_batch_and_size(exporter, options, tmp_path):
+    blocks, path = create_blocks(dtype=torch.float32), str(tmp_path / 'model.onnx')
+    torch.onnx.export(blocks, (images(2, 3, 64, 96, dtype=torch.float32),), path, input_names=['x'], **options)
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path)
     for shape in [(1, 3, 33, 33), (3, 3, 47, 100)]:
-        image = images(*shape, dtype=torch.float32)
-        logits = torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
-        # rounding of float32 over 40 layers
-        assert_equal(logits, model(image).detach(), 40 * 10 * torch.finfo(torch.float32).eps)
-
-
-class Pool(nn.Module):
-    def forward(self, x):
-        return avg_pool2d(x)
-
-
-@needs_onnx_exporter
-@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
-def test_onnx_pools_leave_no_room_for_doubt(exporter, tmp_path):
-    """Runtimes differ in what they count at the edge of a pool with ceil_mode, but not in the pixels that there are."""
-    image, path = images(1, 2, 5, 7, dtype=torch.float32), str(tmp_path / 'model.onnx')
-    torch.onnx.export(Pool(), (image,), path, input_names=['image'], dynamo=exporter == 'dynamo', verbose=False)
-    exported = onnx.load(path)
-    pools = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in exported.graph.node
-             if n.op_type == 'AveragePool']
-    assert pools and all(p.get('count_include_pad', 0) == 0 for p in pools)
-    for run in (ReferenceEvaluator(exported).run, onnxruntime.InferenceSession(path).run):
-        np.testing.assert_allclose(run(None, {'image': image.numpy()})[0], avg_pool2d(image).numpy(), rtol=1e-6)
+        x = images(*shape, dtype=torch.float32)
+        found = torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
+        # rounding of float32 over 30 layers
+        assert_equal(found, blocks(x).detach(), 30 * 10 * torch.finfo(torch.float32).eps)
 
 
 def test_pickle_and_script():
@@ -438,7 +363,6 @@ def test_pickle_and_script():
     assert torch.equal(pickle.loads(pickle.dumps(model))(image), model(image))
     assert_equal(torch.jit.script(model)(image), model(image), 1e-12)
     assert_equal(torch.fx.symbolic_trace(model)(image), model(image), 1e-12)
-    assert isinstance(model, HBONet) and type(model).__module__ == 'timm_hbonet.hbonet'
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -465,17 +389,7 @@ def test_width_that_has_no_halves(kwargs):
         assert model(torch.zeros(1, 3, 64, 64, device='meta')).shape == (1, 1000)
 
 
-@pytest.mark.parametrize('image, fact', [
-    (torch.zeros(3, 64, 64), '4D.*3D'),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'Byte'),
-    (torch.zeros(1, 4, 64, 64), '3 channels.* 4 channels'),
-])
-def test_bad_images(image, fact):
-    with pytest.raises((AssertionError, ValueError, RuntimeError), match=fact):
-        timm.create_model('hbonet_010')(image)
-
-
-@pytest.mark.parametrize('name', ARCHITECTURES)
+@pytest.mark.parametrize('name', ['hbonet_100', 'hbonet_050', 'hbonet_025_4x_d8', 'hbonet_025_8x_d8'])
 def test_configuration_is_data(name):
     architecture = ARCHITECTURES[name]
     rates = {2: (2, 2, 2, 2, 2), 4: (4, 4, 4, 2, 2), 8: (8, 8, 4, 2, 2)}[architecture['spatial_rate']]
@@ -490,7 +404,5 @@ def test_configuration_is_data(name):
 def test_own_configuration_learns(kwargs):
     model = timm.create_model('hbonet_100', num_classes=2, dtype=torch.float64, **kwargs)
     model(images(2, 3, 64, 64)).sum().backward()
-    unused = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not unused
-    assert functools.reduce(lambda n, stage: n + len(stage), model.blocks, 0) == len(
-        [m for m in model.modules() if isinstance(m, (HarmoniousBottleneck, InvertedResidual))]) + len(model.blocks[6])
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    assert list(map(len, model.blocks)) == list(kwargs.get('depths', (1, 1, 3, 4, 4, 1, 1, 2, 1)))
