@@ -166,14 +166,6 @@ def test_without_pretrained_strict_weights_load_in_part(server, tmp_path):
     assert differing == ['blocks.0.0.conv_dw.bn.running_mean']
 
 
-@pytest.mark.parametrize('filename', ['model.safetensors', 'pytorch_model.bin'])
-def test_damaged_file_on_the_hub(filename, server, tmp_path):
-    server.add_repository(HUB_ID, {filename: b'<html>'})
-    with pytest.raises(Exception):  # noqa: B017  of safetensors or torch, which have several
-        create(cache_dir=tmp_path)
-    assert server.count('/d-li14/*') == 0
-
-
 class MakesFolder:
     """Unpickled in full, it makes a folder."""
 
@@ -239,12 +231,6 @@ def test_feature_maps(feature_cls, server, tmp_path):
         expected = create(cache_dir=tmp_path).forward_intermediates(images, intermediates_only=True)
         torch.testing.assert_close(features(images), expected)
     assert str(tmp_path).encode() not in pickle.dumps(features)
-
-
-def test_data_type(server, tmp_path):
-    model = create(cache_dir=tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(model.classifier.weight, converted()['classifier.weight'].bfloat16())
 
 
 @pytest.mark.parametrize('num_classes', [1000, 10])
@@ -470,7 +456,7 @@ def test_namespace_and_revision(server, tmp_path, monkeypatch, caplog):
     assert re.search(f'WARNING .*org/{NAME} .*Revision(.|\n)*WARNING .*other/{NAME} .*401', caplog.text)
 
 
-@pytest.mark.parametrize('namespace', ['a/b', ' ', 'org/', '@v1', 'a b', 'a@b@c', 'org@', 'a--b', 'a..b', '-a', 'ä'])
+@pytest.mark.parametrize('namespace', ['a/b', ' ', '@v1', 'a@b@c', 'org@', 'a..b', '-a'])
 def test_namespace_that_is_none(namespace, server, tmp_path, monkeypatch):
     monkeypatch.setenv('TIMM_HBONET_HUB_NAMESPACE', namespace)
     assert timm.create_model(NAME).num_classes == 1000
@@ -525,15 +511,3 @@ def test_proxy_carries_the_hub_and_the_release(server, run_python, tmp_path):
     assert server.count(f'/timm/{NAME}/resolve/*', 'GET') == 1
     assert server.count('github.com:443', 'CONNECT') == 1
     assert re.search('3. .*502', result.stderr), result.stderr
-
-
-def test_hosts_that_do_not_resolve(server, run_python, tmp_path):
-    environment = {'HF_ENDPOINT': 'http://hub.invalid', 'TORCH_HOME': str(tmp_path), 'no_proxy': '*', 'NO_PROXY': '*'}
-    code = CHILD + f'''
-    print(find_weights({NAME!r}))
-    os.environ['TEST_RELEASE_URL'] = 'http://release.invalid'
-    find_weights('hbonet_025.in1k')'''
-    result = run_python(code, **environment)
-    assert result.stdout == f'{get_release_path(NAME, tmp_path / "hub/checkpoints")}\n', result.stderr
-    assert re.search(r'2. .*http://hub.invalid: Connect(Error|ionError|Timeout)', result.stderr), result.stderr
-    assert re.search('3. .*URLError', result.stderr), result.stderr
