@@ -224,6 +224,8 @@ def test_a_detector_starts_from_one_of_other_classes(trained, cells, tmp_path):
 
 def test_resumed_run_equals_an_uninterrupted_one(cells, tmp_path, monkeypatch):
     args = [cells, *SMALL, '--batch-size', 4, '--epochs', 2, '--eval-every', 1, '--val-list', 'val']
+    if hasattr(torch.amp, 'GradScaler'):  # since PyTorch 2.3 also on a processor
+        args += ['--amp', '--amp-dtype', 'float16']
     assert run(*args, '--output', tmp_path / 'whole')[0] == 0
 
     def interrupt(path: Path, content: bytes) -> None:
@@ -244,7 +246,8 @@ def test_resumed_run_equals_an_uninterrupted_one(cells, tmp_path, monkeypatch):
     whole, parts = (torch.load(tmp_path / n / 'last.pth', weights_only=True) for n in ('whole', 'run-1'))
     for row in (*whole['history'], *parts['history']):
         del row['seconds']
-    assert all(whole[k] == parts[k] for k in ('epoch', 'history', 'options'))
+    assert ('amp_scaler' in whole) == hasattr(torch.amp, 'GradScaler')
+    assert all(whole.get(k) == parts.get(k) for k in ('epoch', 'history', 'options', 'amp_scaler'))
     torch.testing.assert_close(whole['state_dict'], parts['state_dict'], rtol=0, atol=0)
     torch.testing.assert_close(whole['optimizer']['state'], parts['optimizer']['state'], rtol=0, atol=0)
     best = (torch.load(tmp_path / n / 'best.pth', weights_only=True)['epoch'] for n in ('whole', 'run-1'))
@@ -266,13 +269,6 @@ def test_torchrun_trains_and_scores_in_two_processes(cells, tmp_path):
     assert status == 0
     assert score_line(result.stdout) == score_line(out)
     assert '2 processes' in fail(cells, '--resume', tmp_path / 'run/last.pth', '--device', 'cpu')
-
-
-@pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='PyTorch before 2.3 scales on CUDA only')
-def test_float16_on_a_processor_scales_the_loss(cells, tmp_path):
-    status, _, err = run(cells, '--output', tmp_path / 'run', *BRIEF, '--amp', '--amp-dtype', 'float16')
-    assert status == 0, err
-    assert torch.load(tmp_path / 'run/last.pth', weights_only=True)['amp_scaler']['scale'] > 1
 
 
 def target(*objects: tuple) -> Dict[str, torch.Tensor]:
@@ -321,8 +317,7 @@ def test_nothing_found_scores_0():
 def draw_case(seed: int) -> Tuple[List[Dict[str, torch.Tensor]], List[Dict[str, torch.Tensor]]]:
     """Detections and targets with duplicates, near misses, overlapping and difficult objects, of three classes.
 
-    Boxes are of whole pixels. No class has a multiple of 5 objects, with which a recall can be one of the 11 points,
-    where other implementations are at the mercy of rounding.
+    No class has a multiple of 5 objects, with which a recall can be one of the 11 points, up to others' rounding.
     """
     rs = np.random.RandomState(seed)
     count = [17, 23, 31]
@@ -446,15 +441,13 @@ def test_bad_data_is_named_before_training(name, content, reason, cells, tmp_pat
 
 def test_up_to_20_files_are_named_in_one_run(many_cells, tmp_path):
     root = shutil.copytree(many_cells, tmp_path / 'cells')
+    (root / 'JPEGImages/no 300.jpg').unlink()
+    assert f'{root / "ImageSets/Main/test.txt"}, line 1: {root / "JPEGImages/no 300"}' in fail(root, *BRIEF)
     for path in sorted((root / 'Annotations').glob('no 1*'))[:25]:
         path.write_text('<annotation>')
-    (root / 'JPEGImages/no 300.jpg').unlink()
     status, _, err = run(root, *BRIEF)
     assert status == 1 and error_line(err).endswith('26 are wrong: those above, and 6 more.')
     assert err.count('.xml, line 1') == 20
-    for path in (root / 'Annotations').glob('no 1*'):
-        path.write_text((root / 'Annotations/no 200.xml').read_text())
-    assert f'{root / "ImageSets/Main/test.txt"}, line 1: {root / "JPEGImages/no 300"}' in fail(root, *BRIEF)
 
 
 @pytest.mark.parametrize('changes, names', [
@@ -485,15 +478,11 @@ def test_lists_that_people_have_are_read(content, cells):
     (cells / LIST).write_bytes(content)
     samples = voc.read_samples(dict(train=[cells / LIST]), None)['train']
     assert [s.image.name for s in samples] == ['no 100.jpg', 'no 101.JPG', 'no 102.png']
-
-
-def test_the_listed_extension_decides(cells):
     Image.new('L', (64, 64)).save(cells / 'JPEGImages/no 100.PNG')
-    (cells / LIST).write_text('no 100.PNG\n')
+    (cells / LIST).write_text('no 100.PNG\n')  # the listed extension decides
     sample, = voc.read_samples(dict(train=[cells / LIST]), None)['train']
-    assert sample.image.name == 'no 100.PNG'
     (image,), (target,) = voc.load_batch(v2.ToImage(), list(COLORS), [sample])
-    assert image.shape == (3, 64, 64) and target['labels'].tolist() == [1]
+    assert sample.image.name == 'no 100.PNG' and image.shape == (3, 64, 64) and target['labels'].tolist() == [1]
 
 
 def test_pictures_are_not_turned_away_from_their_boxes(cells):
@@ -551,7 +540,7 @@ def test_data_that_cannot_be_scored_are_named(cells, tmp_path):
 
 def test_an_epoch_without_objects_is_an_error(cells, tmp_path, monkeypatch):
     monkeypatch.setattr(v2.RandomHorizontalFlip, 'forward', lambda self, image, target: (
-        image, {**target, 'boxes': target['boxes'][:0], 'labels': target['labels'][:0]}))
+        image, {k: v if k == 'difficult' else v[:0] for k, v in target.items()}))
     assert 'epoch 1 is exactly 0' in fail(cells, '--output', tmp_path / 'out', *BRIEF)
     assert not (tmp_path / 'out/last.pth').exists()
 
