@@ -399,6 +399,12 @@ def test_configuration_is_data(name):
     assert [v.shape for v in model.state_dict().values()] == shapes
 
 
+def test_arguments_of_an_architecture_can_be_overridden():
+    model = timm.create_model('hbonet_025_4x_d8', device='meta', width=0.5, rates=(2, 2, 2, 2, 2))
+    expected = timm.create_model('hbonet_050_d8', device='meta')
+    assert [v.shape for v in model.state_dict().values()] == [v.shape for v in expected.state_dict().values()]
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(width=0.77, divisor=1), dict(width=0.2, depths=(2, 3, 1, 2, 1, 1, 2, 1, 2), rates=(2, 8, 4, 4, 8))])
 def test_own_configuration_learns(kwargs):
