@@ -474,10 +474,11 @@ def test_annotations_that_people_have_are_read(changes, names, cells):
     b'no 100  1\nno 101 -1\nno 102  0\n',
 ])
 def test_lists_that_people_have_are_read(content, cells):
-    (cells / 'JPEGImages/no.jpg').write_bytes(b'')  # "no 100" is a name, and no class list's line for "no"
     (cells / LIST).write_bytes(content)
     samples = voc.read_samples(dict(train=[cells / LIST]), None)['train']
     assert [s.image.name for s in samples] == ['no 100.jpg', 'no 101.JPG', 'no 102.png']
+    images = {name: [Path(f'{name}.jpg')] for name in ('no', 'no 1')}
+    assert voc.find_image(cells, images, 'no 1')[0] == 'no 1'  # a name, and no class list's line for "no"
     Image.new('L', (64, 64)).save(cells / 'JPEGImages/no 100.PNG')
     (cells / LIST).write_text('no 100.PNG\n')  # the listed extension decides
     sample, = voc.read_samples(dict(train=[cells / LIST]), None)['train']
