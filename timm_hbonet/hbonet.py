@@ -159,8 +159,8 @@ class HBONet(nn.Module):
         param = next(self.parameters())
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool  # type: ignore[has-type]
-        self.global_pool, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, device=param.device, dtype=param.dtype)
+        self.global_pool, self.classifier = (layer.train(self.training) for layer in create_classifier(
+            self.num_features, num_classes, pool_type=pool_type, device=param.device, dtype=param.dtype))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
