@@ -1,4 +1,4 @@
-"""The commands of docs/small_datasets.md run timm's own scripts, and results/fashion_mnist is what its files say.
+"""The commands of docs/small_datasets.md run timm's own scripts, and the results are what their files say.
 
 Training is on handwritten digits, in a folder of images in place of CIFAR-10, and in files of Fashion-MNIST's format.
 """
@@ -33,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PAGE = (ROOT / 'docs' / 'small_datasets.md').read_text(encoding='utf-8')
 CHANNELS = {'cifar10': 3, 'fashion_mnist': 1}
-RESULTS = ROOT / 'results' / 'fashion_mnist'
 SMALL = ['--workers', '1', '--batch-size', '16']
 # 20 steps an epoch without warm-up, as few steps learn little of it
 QUICK = ['--epochs', '3', '--lr', '0.02', '--warmup-epochs', '0', '--bn-momentum', '0.5', '--log-interval', '1']
@@ -181,20 +180,22 @@ def test_errors(draw, write, tmp_path, name, top1, message):
     assert not (folder / 'curves.png').exists()
 
 
-def test_results_are_those_of_the_files(draw, tmp_path):
-    page = (RESULTS / 'README.md').read_text(encoding='utf-8')
-    for runs in {path.parent for path in RESULTS.rglob('*-seed*.csv')}:
+@pytest.mark.parametrize('data', CHANNELS)
+def test_results_are_those_of_the_files(data, draw, tmp_path):
+    results = ROOT / 'results' / data
+    page = (results / 'README.md').read_text(encoding='utf-8')
+    for runs in {path.parent for path in results.rglob('*-seed*.csv')}:
         status, table, _ = draw(runs, '--output', tmp_path / 'curves.png')
         assert status == 0 and table in page
-    assert (RESULTS / 'curves.png').exists() and '](curves.png)' in page
-    epochs = yaml.safe_load((RECIPES / 'fashion_mnist.yaml').read_text())['epochs']
-    assert {len(path.read_text().splitlines()) for path in RESULTS.glob('*-seed*.csv')} == {1 + epochs}
+    assert (results / 'curves.png').exists() and '](curves.png)' in page
+    epochs = yaml.safe_load((RECIPES / f'{data}.yaml').read_text())['epochs']
+    assert {len(path.read_text().splitlines()) for path in results.glob('*-seed*.csv')} == {1 + epochs}
 
     rows = re.findall(r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|$', page, re.MULTILINE)
-    assert {path.name.partition('-')[0] for path in RESULTS.glob('*-seed*.csv')} == {name for name, *_ in rows}
+    assert {path.name.partition('-')[0] for path in results.glob('*-seed*.csv')} == {name for name, *_ in rows}
     for name, *costs in rows:
-        model = timm.create_model(name, num_classes=10, in_chans=1).eval()
+        model = timm.create_model(name, num_classes=10, in_chans=CHANNELS[data]).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 1, 32, 32))
+            model(torch.zeros(1, CHANNELS[data], 32, 32))
         parameters = sum(p.numel() for p in model.parameters())
         assert costs == [f'{counter.get_total_flops() / 2e6:.3f}', f'{parameters / 1e6:.3f}']

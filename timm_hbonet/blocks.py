@@ -140,8 +140,8 @@ class HarmoniousBottleneck(nn.Module):
         self.has_skip = rate > stride
         if self.pass_chs > in_chs or out_chs < 2:
             raise ValueError(
-                f'A harmonious bottleneck of {out_chs} channels, at least 2, passes {self.pass_chs} channels of its '
-                f'input through, but that has {in_chs}. Use a larger `width` or a smaller `divisor`.')
+                f'A harmonious bottleneck of {out_chs} channels passes {self.pass_chs} channels of its input through, '
+                f'but that has {in_chs}. Use another `width` or `divisor`, such as 2.')
 
         # Spatial contraction, with channel expansion
         self.contract = nn.Sequential()
