@@ -61,6 +61,12 @@ def create_network(name: str = 'hbonet_010', dtype: torch.dtype = torch.float64,
     return estimate_statistics(model.to(dtype))  # some of timm's activations have weights and take no dtype
 
 
+def count_convs(graph: nn.Module) -> int:
+    """Convolutions that a re-parameterized network calls. The others are for stages that are called by themselves."""
+    names = [name for name, m in graph.named_modules() if isinstance(m, nn.Conv2d)]
+    return len([name for name in names if 'select_parts' not in name and 'select_whole' not in name])
+
+
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
     """Random images of a shape, the same in every run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
