@@ -325,7 +325,8 @@ def test_compiled_once_for_all_sizes():
     with torch.no_grad():
         for i in range(8):
             compiled(images(2, 4, 32 + 7 * i, 32 + 5 * i, dtype=torch.float32))
-    assert compiler.frame_count <= 3, 'compiles again for each size'
+    # even and odd sizes apart in PyTorch 2.1
+    assert compiler.frame_count <= 4, 'compiles again for each size'
 
 
 def dynamic_sizes(step=1):
