@@ -7,7 +7,6 @@ it has loaded again through timm to identical logits. It is safe to run this aga
 """
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,6 @@ from timm_hbonet.weights import download_release, verify_release
 
 with requirements():
     import pandas as pd
-    import tabulate  # noqa: F401, pandas needs it for Markdown
     from tqdm import tqdm
 
 # accuracies from the authors' repository, and tables 2 to 6 of arXiv:1908.03888
@@ -99,7 +97,7 @@ embedding = model(image)  # 1 x {{ num_features }}
 
 {{ comparison }}
 
-Top-1 and top-5 are the authors'. MACs and parameters are computed from the architectures.
+MACs and parameters are computed from the architectures.
 
 ## Citation
 
@@ -151,26 +149,13 @@ def make_card(name: str, repo_id: str) -> ModelCard:
 
 
 def convert(path: Path, name: str, repo_id: str, folder: Path) -> None:
-    """Write a released file as the files of a repository of the Hub, and check that they load again.
-
-    Args:
-        path: The authors' file.
-        name: Architecture and tag that it is.
-        repo_id: Repository that the model card refers to, 'ORG/NAME'.
-        folder: New folder to write.
-
-    Raises:
-        RuntimeError: If it does not load again as it was.
-    """
+    """Write the authors' file of a checkpoint as a folder for the Hub's ORG/NAME, and check that it loads again."""
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
-    # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
-    images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2
+    images = torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        logits = model(images)
-        features = model.double().forward_features(images.double())
+        features = model.forward_features(images)
         pre_logits = model.forward_head(features, pre_logits=True)
-        tensors = dict(input=images, features=features, pre_logits=pre_logits, output=model.classifier(pre_logits))
-        model.float()
+        logits = model(images)
 
     # the files of timm's own repositories
     (folder / 'test').mkdir(parents=True)
@@ -179,16 +164,13 @@ def convert(path: Path, name: str, repo_id: str, folder: Path) -> None:
     config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
     make_card(name, repo_id).save(folder / 'README.md')
-    save_file({k: v.float() for k, v in tensors.items()}, folder / 'test/rand_tensors.safetensors')
+    tensors = dict(input=images, features=features, pre_logits=pre_logits, output=logits)
+    save_file(tensors, folder / 'test/rand_tensors.safetensors')
 
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     with torch.inference_mode():
         if not torch.equal(reloaded(images), logits):
             raise RuntimeError(f'the converted model does not give the logits of {path}. Nothing is kept.')
-
-
-def describe(error: Exception) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -210,6 +192,22 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def publish(name: str, api: HfApi, args: argparse.Namespace) -> str:
+    """Convert a checkpoint, and put it in its folder or on the Hub. Returns where it is."""
+    folder = args.dry_run and args.dry_run / name
+    if folder and folder.exists():
+        return f'{folder} is there already, and is left as it is'
+    repo_id = f'{args.namespace or "timm"}/{name}'
+    with tempfile.TemporaryDirectory(prefix='.', dir=args.dry_run) as scratch:
+        converted = Path(scratch, name)
+        convert(args.file or download_release(name), name, repo_id, converted)
+        if folder:
+            return str(converted.rename(folder))
+        api.create_repo(repo_id, exist_ok=True)
+        # what has not changed is not uploaded
+        return api.upload_folder(repo_id=repo_id, folder_path=converted, commit_message=f'Add {name}').commit_url
+
+
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.table:
         print(make_table())
@@ -222,7 +220,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except (OSError, ValueError) as e:
             raise BadInput(
                 f"--file {args.file} is not the authors' file of {args.only[0]}, which is at "
-                f"{PUBLISHED.loc[args.only[0], 'url']}. {describe(e)}") from None
+                f"{PUBLISHED.loc[args.only[0], 'url']}. {type(e).__name__}: {e}") from None
 
     api = HfApi()
     if args.dry_run:
@@ -231,29 +229,15 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         try:
             api.whoami()
         except Exception as e:  # the client's HTTP library differs between versions
-            raise BadInput(f'{api.endpoint} was asked whose token this is. {describe(e)}') from None
+            raise BadInput(f'{api.endpoint} was asked whose token this is. {type(e).__name__}: {e}') from None
 
     failed = []
     for name in tqdm(args.only, unit='model'):
-        target = args.dry_run and args.dry_run / name
-        if target and target.exists():
-            tqdm.write(f'{target} is there already, and is left as it is')
-            continue
         try:
-            with tempfile.TemporaryDirectory(prefix='.', dir=args.dry_run) as scratch:
-                folder, repo_id = Path(scratch, name), f'{"timm" if target else args.namespace}/{name}'
-                convert(args.file or download_release(name), name, repo_id, folder)
-                if target:
-                    os.rename(folder, target)
-                    tqdm.write(str(target))
-                else:
-                    api.create_repo(repo_id, exist_ok=True)
-                    # what has not changed is not uploaded
-                    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {name}')
-                    tqdm.write(commit.commit_url)
+            tqdm.write(publish(name, api, args))
         except Exception as e:  # of files, connections and the Hub: must not keep the others from being published
             failed.append(name)
-            tqdm.write(f'{name}: {describe(e)}', file=sys.stderr)
+            tqdm.write(' '.join(f'{name}: {type(e).__name__}: {e}'.split()), file=sys.stderr)
     if failed:
         raise BadInput(
             f'{len(failed)} of {len(args.only)} failed, for the reasons above. Run this again with --only '

@@ -114,21 +114,14 @@ def write_file(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_figure(path: Path, figure: Any, colors: int = 0) -> None:
-    """Write matplotlib's figure as PNG, of so many colors if given: a file of a drawing gets small by that."""
+def write_figure(path: Path, figure: Any) -> None:
+    """Write matplotlib's figure as PNG."""
     figure.savefig(content := io.BytesIO(), format='png')
-    if colors:
-        image = Image.open(content).convert('RGB').quantize(colors)
-        image.save(content := io.BytesIO(), 'PNG', optimize=True)
     write_file(path, content.getvalue())
 
 
 def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
-    """Read an image (the first of several) in a mode of Pillow, 'RGB' or 'L', with transparency on white.
-
-    Raises:
-        BadInput: If it cannot be read, or has shades of an unknown range.
-    """
+    """Read an image (the first of several) in a mode of Pillow, 'RGB' or 'L', with transparency on white."""
     try:
         with Image.open(path) as file:
             bits_16 = file.mode.startswith('I;16') or (file.mode == 'I' and file.format in ('PNG', 'PPM'))
@@ -162,8 +155,6 @@ def run_script(main: Callable[..., None], parser: argparse.ArgumentParser) -> No
     args = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a background job, which ignores it
         signal.signal(signal.SIGINT, check_interrupt)
-        # of a Ctrl-C that was lost, check_interrupt tells, when the script ends at the latest
-        sys.unraisablehook = lambda e: isinstance(e.exc_value, KeyboardInterrupt) or sys.__unraisablehook__(e)
     status = 1
     try:
         main(args, parser)

@@ -1,9 +1,13 @@
-"""Runs the code of the pages in docs/."""
+"""Runs the code of the pages in docs/, and has images for it."""
 import re
 from pathlib import Path
 from typing import Any, Dict
 
+import numpy as np
 import torch
+from sklearn.datasets import load_sample_images
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.v2.functional import normalize
 
 
 def run_page(page: str, heading: str, **variables: Any) -> Dict[str, Any]:
@@ -14,6 +18,12 @@ def run_page(page: str, heading: str, **variables: Any) -> Dict[str, Any]:
     assert code and 'timm_hbonet' not in code
     exec(compile(code, f'docs/{page}, {heading}', 'exec'), variables)
     return variables
+
+
+def load_photos() -> torch.Tensor:
+    """Two photographs, normalized, [2, 3, 427, 640]."""
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).contiguous() / 255
+    return normalize(photos, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def assert_equal_to(found: Any, expected: torch.Tensor, tolerance: float = 1e-3) -> None:

@@ -25,7 +25,6 @@ def run_script(name: str, *args: object) -> Tuple[int, str, str]:
     ):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
         monkeypatch.setattr(script_utils.signal, 'signal', lambda *args: None)  # the tests' own stays
-        monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
         try:
             script_utils.run_script(script.main, script.create_parser())
         except SystemExit as e:

@@ -7,15 +7,12 @@ import onnxruntime
 import openvino
 import pages
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from networks import create_network, released
 from pages import assert_equal_to
-from sklearn.datasets import load_sample_images
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounterWithBackend
-from torchvision.transforms.v2.functional import normalize
 
 run_page = functools.partial(pages.run_page, 'deployment.md')
 
@@ -38,9 +35,7 @@ def fused(model):
 
 @pytest.fixture(scope='module')
 def photos():
-    """Two photographs, normalized, [2, 3, 427, 640]."""
-    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).contiguous() / 255
-    return normalize(photos, timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    return pages.load_photos()
 
 
 @pytest.fixture(scope='module')

@@ -58,13 +58,3 @@ def test_links_and_paths(path):
         assert not anchor or anchor in anchors, target
     for named in re.findall(r'(?<![\w/.-])(?:scripts|tests|docs|timm_hbonet|autoload)/[\w./-]*\w', PAGES[path]):
         assert (ROOT / named).exists(), named
-
-
-def test_picture_of_the_block():
-    import draw_block
-
-    # section 3 and figure 2 of the paper: contraction by the rate at twice the channels, then half of the output
-    assert [x[1:] for x in draw_block.trace(rate=8, stride=1)] == [
-        (72, 56), (144, 28), (144, 14), (144, 7), (36, 7), (36, 56), (72, 56)]
-    assert [x[1:] for x in draw_block.trace(rate=2, stride=2)] == [(72, 56), (144, 28), (36, 28), (72, 28)]
-    assert len(draw_block.draw().axes) == 6

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 from pages import run_page
 from safetensors.torch import load_file
-from timm.data import ImageDataset, create_loader
 from timm_scripts import (
     RECIPES,
     assert_learned,
@@ -28,7 +26,7 @@ from timm_scripts import (
 
 SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
 # so that 32 steps are enough to learn something
-QUICK = ['--epochs', '2', '--lr', '0.01', '--scale', '0.8', '1', '--bn-momentum', '0.5']
+QUICK = ['--epochs', '2', '--lr', '0.01', '--scale', '0.8', '1', '--bn-momentum', '0.5', '--log-interval', '1']
 LOADER = ['--workers', '1', '--batch-size', '16', '--device', 'cpu']
 BENCHMARK = [
     '--batch-size', '4', '--img-size', '32', '--num-warm-iter', '1', '--num-bench-iter', '5', '--device', 'cpu']
@@ -58,7 +56,7 @@ def train(run, workspace):
     """Function that trains with a command of the page, and returns the folder of the run and what was printed."""
 
     def train(name, text, *args, **places):
-        options = [*SMALL, *QUICK, *LOADER, '--log-interval', '1', '--output', 'output', '--experiment', name]
+        options = [*SMALL, *QUICK, *LOADER, '--output', 'output', '--experiment', name]
         return workspace / 'output' / name, run(text, *options, *args, **places)
 
     return train
@@ -78,14 +76,12 @@ def finetune(train, in1k):
 
 
 @pytest.fixture(scope='module')
-def float32_top1(finetune, workspace) -> float:
-    """Of the moving average. Training scores it in bfloat16."""
-    checkpoint = finetune[0] / 'model_best.pth.tar'
-    model = timm.create_model('hbonet_010', num_classes=2, checkpoint_path=str(checkpoint)).eval()
-    dataset = ImageDataset(str(workspace / 'digits' / 'validation'))
-    images, labels = next(iter(create_loader(dataset, (3, 64, 64), 64, use_prefetcher=False)))
-    with torch.no_grad():
-        return 100 * (model(images).argmax(1) == labels).double().mean().item()
+def predicted_top1(run, finetune, workspace) -> float:
+    """Of the moving average, by inference.py, in float32. Training scores it in bfloat16."""
+    run('inference.py', *SMALL, *LOADER, folder=finetune[0])
+    rows = read_csv(workspace / 'results' / 'predictions.csv')
+    assert len(rows) == 64
+    return 100 / 64 * sum(Path(row['filename']).parent.name == row['index'] for row in rows)
 
 
 def cosine(steps):
@@ -101,6 +97,7 @@ def test_imagenet_recipe_follows_the_protocol(in1k):
     folder, output = in1k
     assert_learned(folder)
     assert best_top1(output) > 60
+    assert learning_rates(output) == pytest.approx(cosine(32), rel=1e-3)
     checkpoint = load_checkpoint(folder / 'last.pth.tar')
     expected = dict(
         sched='cosine', train_interpolation='bilinear', hflip=0.5, vflip=0., color_jitter=None, aa=None,
@@ -109,17 +106,16 @@ def test_imagenet_recipe_follows_the_protocol(in1k):
     args = vars(checkpoint['args'])
     assert {k: args[k] for k in expected} == expected
 
+    # weight decay is for biases and norms too
     groups = checkpoint['optimizer']['param_groups']
     assert {(group['momentum'], group['nesterov'], group['weight_decay']) for group in groups} == {(0.9, False, 4e-5)}
     parameters = [k for k in checkpoint['state_dict'] if not k.endswith(('mean', 'var', 'num_batches_tracked'))]
     assert sum(len(group['params']) for group in groups) == len(parameters)
-    assert learning_rates(output) == pytest.approx(cosine(32), rel=1e-3)
 
 
 def test_resume(train, in1k, tmp_path):
     (tmp_path / 'last.pth.tar').write_bytes((in1k[0] / 'checkpoint-0.pth.tar').read_bytes())
     _, output = train('resume', '--resume', '--grad-checkpointing', folder=tmp_path)
-    assert 'Train: 0' not in output
     assert learning_rates(output) == pytest.approx(cosine(32)[16:], rel=1e-3)
 
 
@@ -130,54 +126,39 @@ def test_finetuning_recipe(finetune):
     args = vars(checkpoint['args'])
     assert all(args[k] for k in ('pretrained', 'model_ema', 'amp', 'channels_last'))
     assert args['amp_dtype'] == 'bfloat16'
-    assert checkpoint['state_dict_ema'].keys() == checkpoint['state_dict'].keys()
     # one learning rate for each layer
     assert len({group['lr_scale'] for group in checkpoint['optimizer']['param_groups']}) > 9
 
 
 def test_validate_gives_the_scores_of_training(run, finetune):
     folder, output = finetune
-    found = run('python validate.py', *SMALL, *LOADER, '--log-freq', '1', folder=folder)
+    found = run('python validate.py', *SMALL, *LOADER, folder=folder)
     assert result(found)['top1'] == pytest.approx(best_top1(output), abs=1e-4)
 
 
-def test_avg_checkpoints(run, finetune, workspace):
-    run('avg_checkpoints.py', folder=finetune[0])
-    first, second = (load_weights(finetune[0] / f'checkpoint-{i}.pth.tar') for i in (0, 1))
+def test_average_and_clean_checkpoints(run, finetune, workspace, monkeypatch):
+    folder, _ = finetune
+    run('avg_checkpoints.py', folder=folder)
+    first, last = (load_weights(folder / f'checkpoint-{i}.pth.tar') for i in (0, 1))
     average = torch.load(workspace / 'average.pth', weights_only=True)
-    assert average.keys() == first.keys()
-    for k, v in average.items():
-        torch.testing.assert_close(v.double(), (first[k].double() + second[k].double()) / 2)
+    assert average.keys() == last.keys()
+    torch.testing.assert_close(
+        {k: v.double() for k, v in average.items()}, {k: (first[k].double() + last[k].double()) / 2 for k in last})
 
-
-def test_clean_checkpoint_and_safetensors(run, finetune, workspace, monkeypatch):
-    run('clean_checkpoint.py', folder=finetune[0])
+    run('clean_checkpoint.py', folder=folder)
     monkeypatch.chdir(workspace)
     run_page('imagenet.md', 'Safetensors')
-    cleaned, expected = load_file('clean.safetensors'), load_weights(finetune[0] / 'last.pth.tar')
-    assert cleaned.keys() == expected.keys()
-    assert all(torch.equal(v, expected[k]) for k, v in cleaned.items())
-
-
-def test_inference(run, finetune, workspace, float32_top1):
-    pytest.importorskip('pandas', reason='timm\'s inference.py needs pandas: pip install -e ".[clients]"')
-    run('inference.py', *SMALL, *LOADER, folder=finetune[0])
-    rows = read_csv(workspace / 'results' / 'predictions.csv')
-    correct = [Path(row['filename']).parent.name == row['index'] for row in rows]
-    assert len(correct) == 64
-    assert 100 * sum(correct) / 64 == float32_top1
+    torch.testing.assert_close(load_file('clean.safetensors'), dict(last), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('page', ['imagenet.md', 'deployment.md'])
-def test_onnx_export_and_validate(run, finetune, float32_top1, page):
-    for module in ('onnx', 'onnxruntime', 'onnxscript'):
-        pytest.importorskip(module, reason=f'{module} is not installed: pip install -e ".[test]"')
+def test_onnx_export_and_validate(run, finetune, predicted_top1, page):
     run('onnx_export.py', *SMALL, '--checkpoint', finetune[0] / 'model_best.pth.tar', page=page)
     output = run('onnx_validate.py', '--img-size', '64', '--workers', '1')
-    assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(float32_top1, abs=1e-3)
+    assert predicted_top1 > 60
+    assert float(re.search(r'\* Prec@1 (\S+)', output)[1]) == pytest.approx(predicted_top1, abs=1e-3)
 
 
 def test_benchmark(run):
     found = result(run('python benchmark.py', '--model', 'hbonet_010', *BENCHMARK))
-    assert found['model'] == 'hbonet_010'
     assert found['infer_samples_per_sec'] > 0 and found['train_samples_per_sec'] > 0
