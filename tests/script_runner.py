@@ -2,7 +2,6 @@
 import contextlib
 import importlib
 import io
-import signal
 import sys
 from pathlib import Path
 from typing import Tuple
@@ -36,8 +35,3 @@ def error_line(stderr: str) -> str:
     """The last line, and the only one but for progress and usage."""
     assert 'Traceback' not in stderr
     return stderr.splitlines()[-1].strip()
-
-
-def heed_ctrl_c() -> None:
-    """For Popen's preexec_fn: where the tests run in the background, their children do not get SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

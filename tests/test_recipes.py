@@ -5,24 +5,14 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 from pages import run_page
 from safetensors.torch import load_file
-from timm_scripts import (
-    RECIPES,
-    assert_learned,
-    best_top1,
-    learning_rates,
-    load_checkpoint,
-    load_weights,
-    needs_repo,
-    read_csv,
-    result,
-    run_command,
-    save_digits,
-)
+from timm.models import load_state_dict
+from timm_scripts import RECIPES, best_top1, learning_rates, needs_repo, result, run_command, save_digits
 
 SMALL = ['--model', 'hbonet_010', '--num-classes', '2', '--img-size', '64']
 # so that 32 steps are enough to learn something
@@ -79,9 +69,9 @@ def finetune(train, in1k):
 def predicted_top1(run, finetune, workspace) -> float:
     """Of the moving average, by inference.py, in float32. Training scores it in bfloat16."""
     run('inference.py', *SMALL, *LOADER, folder=finetune[0])
-    rows = read_csv(workspace / 'results' / 'predictions.csv')
+    rows = pd.read_csv(workspace / 'results' / 'predictions.csv')
     assert len(rows) == 64
-    return 100 / 64 * sum(Path(row['filename']).parent.name == row['index'] for row in rows)
+    return 100 * (rows['filename'].str.split('/').str[-2].astype(int) == rows['index']).mean()
 
 
 def cosine(steps):
@@ -95,10 +85,9 @@ def test_imagenet_recipe_follows_the_protocol(in1k):
     assert {k: recipe[k] for k in expected} == expected
 
     folder, output = in1k
-    assert_learned(folder)
-    assert best_top1(output) > 60
+    assert best_top1(output) > 60  # 50 is chance
     assert learning_rates(output) == pytest.approx(cosine(32), rel=1e-3)
-    checkpoint = load_checkpoint(folder / 'last.pth.tar')
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
     expected = dict(
         sched='cosine', train_interpolation='bilinear', hflip=0.5, vflip=0., color_jitter=None, aa=None,
         aug_repeats=0, reprob=0., mixup=0., cutmix=0., smoothing=0., drop=0., drop_path=None, clip_grad=None,
@@ -120,9 +109,9 @@ def test_resume(train, in1k, tmp_path):
 
 
 def test_finetuning_recipe(finetune):
-    folder, _ = finetune
-    assert_learned(folder)
-    checkpoint = load_checkpoint(folder / 'last.pth.tar')
+    folder, output = finetune
+    assert best_top1(output) > 60
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
     args = vars(checkpoint['args'])
     assert all(args[k] for k in ('pretrained', 'model_ema', 'amp', 'channels_last'))
     assert args['amp_dtype'] == 'bfloat16'
@@ -139,7 +128,7 @@ def test_validate_gives_the_scores_of_training(run, finetune):
 def test_average_and_clean_checkpoints(run, finetune, workspace, monkeypatch):
     folder, _ = finetune
     run('avg_checkpoints.py', folder=folder)
-    first, last = (load_weights(folder / f'checkpoint-{i}.pth.tar') for i in (0, 1))
+    first, last = (load_state_dict(folder / f'checkpoint-{i}.pth.tar', weights_only=False) for i in (0, 1))
     average = torch.load(workspace / 'average.pth', weights_only=True)
     assert average.keys() == last.keys()
     torch.testing.assert_close(

@@ -36,20 +36,3 @@ def test_workflows_run_every_step_of_ci_and_nothing_else():
                 found.update(' '.join(of_matrix if names == '${{ matrix.steps }}' else [names]).split())
     lists = re.findall(r'^(?:other_)?steps=\((.*)\)', (ROOT / '.ci/run').read_text(encoding='utf-8'), re.MULTILINE)
     assert len(lists) == 2 and found == set(' '.join(lists).split())
-
-
-def test_tests_that_ci_names_exist():
-    named = set(re.findall(r'tests/\w+\.py', (ROOT / '.ci/run').read_text(encoding='utf-8')))
-    assert named and not [path for path in named if not (ROOT / path).is_file()]
-
-
-def test_citation_is_that_of_readme():
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    entry = dict(re.findall(r'^  (\w+) = \{(.*)\},?$', readme, re.MULTILINE))
-    paper = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))['preferred-citation']
-    assert entry == {
-        'title': paper['title'],
-        'author': ' and '.join(f'{author["family-names"]}, {author["given-names"]}' for author in paper['authors']),
-        'booktitle': paper['collection-title'],
-        'year': str(paper['year']),
-    }

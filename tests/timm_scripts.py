@@ -68,12 +68,6 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
         return torch.load(path, weights_only=True)
 
 
-def load_weights(path: Path) -> Dict[str, torch.Tensor]:
-    """The moving average of a checkpoint, or its weights if it has none."""
-    checkpoint = load_checkpoint(path)
-    return checkpoint.get('state_dict_ema', checkpoint['state_dict'])
-
-
 def read_csv(path: Path) -> List[Dict[str, str]]:
     with open(path) as f:
         return list(csv.DictReader(f))
