@@ -127,7 +127,6 @@ def read_image(path: Path, mode: str = 'RGB', upright: bool = True) -> Image.Ima
             bits_16 = file.mode.startswith('I;16') or (file.mode == 'I' and file.format in ('PNG', 'PPM'))
             if file.mode in ('I', 'F') and not bits_16:
                 raise ValueError(f'its {file.mode!r} pixels have 32 bits and no known range, convert it to 8 or 16')
-            file.load()
             image = ImageOps.exif_transpose(file) if upright else file.copy()
         if bits_16:  # Pillow would cut off what is above 255
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))

@@ -147,17 +147,22 @@ def test_curves_and_table(write, tmp_path):
     ('small-seed1.csv', [71], 'small-seed1.csv has 1 epochs, other runs have 2. Finish or remove it.'),
     ('small-seed1.csv', [], 'small-seed1.csv has 0 epochs'),
     ('small-seed1.csv', [71, 'nothing'], 'small-seed1.csv is not a summary.csv of train.py with epoch, train_loss'),
-    (None, [], 'has no MODEL-seedN.csv.'),
 ])
 def test_errors(write, tmp_path, name, top1, message):
-    if name:
-        write(name, *top1)
-    else:
-        for path in tmp_path.glob('*-seed*'):
-            path.unlink()
+    write(name, *top1)
     status, _, error = run_script('draw_training_curves.py', tmp_path)
     assert status == 1 and message in error_line(error)
     assert not (tmp_path / 'curves.png').exists()
+
+
+def test_places_that_are_wrong(write, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for args, message in (
+            ([tmp_path / 'empty'], 'empty has no MODEL-seedN.csv.'),
+            ([tmp_path, '--output', tmp_path / 'empty'], 'empty cannot be written: Is a directory')):
+        status, _, error = run_script('draw_training_curves.py', *args)
+        assert status == 1 and message in error_line(error)
+    assert not list(tmp_path.glob('.*'))  # nothing half-written stays
 
 
 @pytest.mark.parametrize('data', CHANNELS)
