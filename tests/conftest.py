@@ -5,12 +5,10 @@ tokens. Child processes inherit it. The release itself is out of reach where `st
 """
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Dict
 
 import pytest
 import reference
@@ -77,15 +75,3 @@ def server(release_site: HubServer) -> HubServer:
     for entry in reference.CHECKPOINTS:
         release_site.add_repository(f'timm/{entry["model"]}', {'pytorch_model.bin': release_file(entry['model'])})
     return release_site
-
-
-@pytest.fixture
-def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Function that runs Python code in a process and caches of its own. Keyword arguments are in the environment."""
-
-    def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-        env: Dict[str, str] = {**os.environ, **_caches(tmp_path), **environment}
-        command = [sys.executable, '-c', code]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-
-    return run

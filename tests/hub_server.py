@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, as far as the real huggingface_hub client asks for it here.
 
-It serves and stores model repositories (without Xet: set HF_HUB_DISABLE_XET=1), plays other sites through `pages`, acts
-as an HTTP proxy for plain http addresses (and refuses https), logs its requests, and misbehaves where `fail` tells it.
+It serves and stores model repositories, has pages of another site, logs its requests, and misbehaves where `fail` tells
+it. Set HF_HUB_DISABLE_XET=1.
 """
 import base64
 import hashlib
@@ -11,17 +11,15 @@ import threading
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 from urllib.parse import unquote, urlsplit
 
 TOKEN = 'hf_' + 'x' * 34
 USER = 'maintainer'
-LFS_SUFFIXES = ('.bin', '.pth', '.safetensors')
 
 
-@dataclass
-class Request:
-    """A request that the server got: method, decoded path without query, and headers by lower-case name."""
+class Request(NamedTuple):
+    """A request that the server got. Its path is decoded, without query."""
     method: str
     path: str
     headers: Mapping[str, str]
@@ -33,10 +31,10 @@ class Fault:
 
     Attributes:
         status: Answer with this HTTP status.
-        cut: Break the connection after this many bytes of the file sent, or of the upload received.
+        cut: Break the connection after this many bytes of the file sent, or before an upload is stored.
         hang: Never answer.
         barrier: Answer when as many requests have come as it takes.
-        content: Send this instead of the file.
+        content: Send this instead of the page.
         headers: Headers that go with `status`.
     """
     pattern: str
@@ -53,9 +51,9 @@ class HubServer:
     """The server. It listens on a free port of 127.0.0.1 while the context lasts.
 
     Attributes:
-        url: Address, for HF_ENDPOINT and http_proxy.
+        url: Address, for HF_ENDPOINT.
         repositories: Contents of files by id of the repository, revision, and path.
-        pages: Contents of other sites by path, such as '/owner/name/raw/commit/path'.
+        pages: Contents of the other site by path, such as '/owner/name/raw/commit/path'.
         requests: All requests so far.
         tokens: Tokens that are valid, they belong to `USER`.
     """
@@ -71,11 +69,9 @@ class HubServer:
         self.requests: List[Request] = []
         self.tokens = {TOKEN}
         self.faults: List[Fault] = []
-        self.large_files: Dict[str, bytes] = {}
 
     def __enter__(self) -> 'HubServer':
-        handler = type('Handler', (_Handler,), {'hub': self})
-        self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self._server.daemon_threads = True
         self.url = f'http://127.0.0.1:{self._server.server_port}'
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -105,8 +101,8 @@ class HubServer:
 
 class _HttpError(Exception):
     def __init__(self, status: int, message: str, code: str = '', **headers: str) -> None:
-        self.status, self.message = status, message
-        self.headers = {'X-Error-Message': message, **({'X-Error-Code': code} if code else {}), **headers}
+        self.status = status
+        self.headers = {'X-Error-Message': message, 'X-Error-Code': code, **headers}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,19 +112,20 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def _handle(self) -> None:
-        raw_path = urlsplit(self.path).path  # of a proxy request, it has the whole address
+    def do_GET(self) -> None:
+        raw_path = urlsplit(self.path).path
         path = unquote(raw_path)
         matching = [f for f in self.hub.faults if fnmatchcase(path, f.pattern) and f.method in (None, self.command)]
         self.fault = matching[0] if matching else Fault(path)
-        self.hub.requests.append(Request(self.command, path, {k.lower(): v for k, v in self.headers.items()}))
+        self.hub.requests.append(Request(self.command, path, self.headers))
+        self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         try:
             if self.fault.hang:
                 self.hub.closing.wait()
-                raise ConnectionError
             if self.fault.barrier is not None:
                 self.fault.barrier.wait(60)
-            self._read_body()
+            if self.fault.hang or self.body and self.fault.cut is not None:
+                raise ConnectionError
             if self.fault.status:
                 raise _HttpError(self.fault.status, 'fault on request', **self.fault.headers)
             token = self.headers.get('Authorization', '').removeprefix('Bearer ')
@@ -137,37 +134,20 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _HttpError(401, 'Invalid credentials in Authorization header')
             self._route(raw_path, path)
         except _HttpError as e:
-            self._send_json({'error': e.message}, e.status, e.headers)
+            self._send(b'{}', e.status, e.headers)
         except ConnectionError:
             self.close_connection = True
 
-    do_GET = do_HEAD = do_POST = do_PUT = _handle
-
-    def do_CONNECT(self) -> None:
-        self.hub.requests.append(Request(self.command, self.path, {}))
-        self.send_error(502, 'This proxy has no way to there')
-
-    def _read_body(self) -> None:
-        length = int(self.headers.get('Content-Length', 0))
-        if length and self.fault.cut is not None:
-            self.rfile.read(min(length, self.fault.cut))
-            raise ConnectionError
-        self.body = self.rfile.read(length)
-        while self.headers.get('Transfer-Encoding') == 'chunked' and (size := int(self.rfile.readline(), 16)):
-            self.body += self.rfile.read(size)
-            self.rfile.readline()
-        if self.headers.get('Transfer-Encoding') == 'chunked':
-            self.rfile.readline()
+    do_HEAD = do_POST = do_GET
 
     def _route(self, raw_path: str, path: str) -> None:
         if path in self.hub.pages:
             return self._send(self.hub.pages[path] if self.fault.content is None else self.fault.content)
-        for methods, pattern, action in _ROUTES:
-            match = re.fullmatch(pattern, raw_path)
-            if match and self.command in methods.split():
+        for pattern, action in _ROUTES.items():
+            if match := re.fullmatch(pattern, raw_path):
                 # a quoted slash belongs to a revision
                 return action(self, **{k: unquote(v) for k, v in match.groupdict().items()})
-        raise _HttpError(404, f'{self.command} {path} is unknown here')
+        raise _HttpError(404, f'{path} is unknown here')
 
     def _send(self, content: bytes, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> None:
         self.send_response(status)
@@ -179,10 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault.cut is not None:
                 raise ConnectionError
 
-    def _send_json(self, value: Any, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> None:
-        self._send(json.dumps(value).encode(), status, {'Content-Type': 'application/json', **(headers or {})})
+    def _send_json(self, status: int = 200, **value: Any) -> None:
+        self._send(json.dumps(value).encode(), status, {'Content-Type': 'application/json'})
 
-    def _files(self, repo_id: str, revision: str = 'main') -> Dict[str, bytes]:
+    def _files(self, repo_id: str, revision: str) -> Dict[str, bytes]:
         if not self.signed_in and (repo_id not in self.hub.repositories or self.command == 'POST'):
             raise _HttpError(401, 'Invalid username or password.')  # the Hub doesn't tell strangers what exists
         if repo_id not in self.hub.repositories:
@@ -191,105 +171,65 @@ class _Handler(BaseHTTPRequestHandler):
             raise _HttpError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return self.hub.repositories[repo_id][revision]
 
-    # reading
-
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         files = self._files(repo_id, revision)
         headers = {'X-Repo-Commit': _commit_id(files)}
         if path not in files:
             raise _HttpError(404, 'Entry not found', 'EntryNotFound', **headers)
-        content, etag = files[path], f'"{_digest(path, files[path])}"'
-        if path.endswith(LFS_SUFFIXES):
-            headers.update({'X-Linked-ETag': etag, 'X-Linked-Size': str(len(content))})
-        self._send(content, headers={**headers, 'ETag': etag})
+        self._send(files[path], headers={**headers, 'ETag': f'"{git_blob_id(files[path])}"'})
 
     def model_info(self, repo_id: str, revision: str) -> None:
-        files = self._files(repo_id, revision)
-        self._send_json({'id': repo_id, 'sha': _commit_id(files), 'siblings': [], 'tags': []})
+        self._send_json(id=repo_id, sha=_commit_id(self._files(repo_id, revision)), siblings=[], tags=[])
 
     def whoami(self) -> None:
         if not self.signed_in:
             raise _HttpError(401, 'Invalid username or password.')
-        self._send_json({'type': 'user', 'name': USER, 'orgs': []})
-
-    # writing
+        self._send_json(type='user', name=USER, orgs=[])
 
     def create(self) -> None:
         payload = json.loads(self.body)
         repo_id = f'{payload.get("organization") or USER}/{payload["name"]}'
         exists = repo_id in self.hub.repositories
         if not exists:
-            self.hub.add_repository(repo_id, {'.gitattributes': b'*.safetensors filter=lfs\n'})
-        answer = {'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id}
-        self._send_json(answer, 409 if exists else 200)
+            self.hub.add_repository(repo_id, {'.gitattributes': b''})
+        self._send_json(409 if exists else 200, url=f'{self.hub.url}/{repo_id}', id=repo_id)
 
     def preupload(self, repo_id: str, revision: str) -> None:
         files = self._files(repo_id, revision)
-        self._send_json({'files': [
-            {
-                'path': (path := file['path']),
-                'uploadMode': 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular',
-                'shouldIgnore': False,
-                'oid': _digest(path, files[path]) if path in files else None,
-            } for file in json.loads(self.body)['files']]})
-
-    def lfs_batch(self, repo_id: str) -> None:
-        self._files(repo_id)
-        objects = []
-        for item in json.loads(self.body)['objects']:
-            answer = {'oid': item['oid'], 'size': item['size']}
-            if item['oid'] not in self.hub.large_files:
-                answer['actions'] = {'upload': {'href': f'{self.hub.url}/lfs/{item["oid"]}'}}
-            objects.append(answer)
-        self._send_json({'transfer': 'basic', 'objects': objects})
-
-    def lfs_put(self, oid: str) -> None:
-        if hashlib.sha256(self.body).hexdigest() != oid:
-            raise _HttpError(400, 'The content does not have this digest')
-        self.hub.large_files[oid] = self.body
-        self._send(b'')
+        paths = [file['path'] for file in json.loads(self.body)['files']]
+        # the client sends contents in its commit, but those that are there already
+        answers = {'uploadMode': 'regular', 'shouldIgnore': False}
+        self._send_json(files=[
+            {**answers, 'path': path, 'oid': git_blob_id(files[path]) if path in files else None} for path in paths])
 
     def commit(self, repo_id: str, revision: str) -> None:
         files = dict(self._files(repo_id, revision))
-        for line in self.body.splitlines():
-            item = json.loads(line)
-            key, value = item['key'], item['value']
-            if key == 'file':
-                files[value['path']] = base64.b64decode(value['content'])
-            elif key == 'lfsFile':
-                if value['oid'] not in self.hub.large_files:
-                    raise _HttpError(400, f'LFS pointer pointed to a file that does not exist: {value["path"]}')
-                files[value['path']] = self.hub.large_files[value['oid']]
+        for item in map(json.loads, self.body.splitlines()):
+            if item['key'] == 'file':
+                files[item['value']['path']] = base64.b64decode(item['value']['content'])
         self.hub.add_repository(repo_id, files, revision)
-        url = f'{self.hub.url}/{repo_id}/commit/{_commit_id(files)}'
-        self._send_json({'success': True, 'commitOid': _commit_id(files), 'commitUrl': url})
+        commit_id = _commit_id(files)
+        self._send_json(success=True, commitOid=commit_id, commitUrl=f'{self.hub.url}/{repo_id}/commit/{commit_id}')
 
     def validate_yaml(self) -> None:
-        self._send_json({'errors': [], 'warnings': []})
+        self._send_json(errors=[], warnings=[])
 
 
 _ID, _REVISION = r'(?P<repo_id>[^/]+/[^/]+)', r'(?P<revision>[^/]+)'
-_ROUTES = (
-    ('GET HEAD', rf'/{_ID}/resolve/{_REVISION}/(?P<path>.+)', _Handler.resolve),
-    ('GET', rf'/api/models/{_ID}/revision/{_REVISION}', _Handler.model_info),
-    ('GET', r'/api/whoami-v2', _Handler.whoami),
-    ('POST', r'/api/repos/create', _Handler.create),
-    ('POST', rf'/api/models/{_ID}/preupload/{_REVISION}', _Handler.preupload),
-    ('POST', rf'/{_ID}\.git/info/lfs/objects/batch', _Handler.lfs_batch),
-    ('PUT', r'/lfs/(?P<oid>[0-9a-f]{64})', _Handler.lfs_put),
-    ('POST', rf'/api/models/{_ID}/commit/{_REVISION}', _Handler.commit),
-    ('POST', r'/api/validate-yaml', _Handler.validate_yaml),
-)
+_ROUTES = {
+    rf'/{_ID}/resolve/{_REVISION}/(?P<path>.+)': _Handler.resolve,
+    rf'/api/models/{_ID}/revision/{_REVISION}': _Handler.model_info,
+    r'/api/whoami-v2': _Handler.whoami,
+    r'/api/repos/create': _Handler.create,
+    rf'/api/models/{_ID}/preupload/{_REVISION}': _Handler.preupload,
+    rf'/api/models/{_ID}/commit/{_REVISION}': _Handler.commit,
+    r'/api/validate-yaml': _Handler.validate_yaml,
+}
 
 
 def git_blob_id(content: bytes) -> str:
     """Name that git gives to a file of this content."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
-def _digest(path: str, content: bytes) -> str:
-    """Digest of a file by which the client knows whether it has the same."""
-    return hashlib.sha256(content).hexdigest() if path.endswith(LFS_SUFFIXES) else git_blob_id(content)
 
 
 def _commit_id(files: Mapping[str, bytes]) -> str:

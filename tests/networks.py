@@ -18,7 +18,6 @@ def needs_torch(version: str, feature: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(old, reason=f'{feature}: needs PyTorch {version}, found {torch.__version__}')
 
 
-needs_dynamic_export = needs_torch('2.14', 'torch.export of a dynamic size')
 needs_program_export = needs_torch('2.7', 'torch.export that a model can tell from other calls')
 needs_onnx_exporter = needs_torch('2.14', 'torch.onnx.export(dynamo=True)')
 

@@ -27,9 +27,10 @@ from timm.layers import (
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from timm_hbonet.blocks import InvertedResidual
-from timm_hbonet.inference import InferenceStages, add_expanded
+from timm_hbonet.inference import HarmoniousStages, InferenceStages
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d)
 
@@ -179,10 +180,11 @@ def test_pruned(i):
 
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
 def test_intermediates_keep_the_memory_format(memory_format):
-    graph = reparameterize_model(create_network('hbonet_050')).to(memory_format=memory_format)
+    model = create_network('hbonet_050').to(memory_format=memory_format)
     image = images(2, 3, 64, 64).to(memory_format=memory_format)
-    for tap in graph.forward_intermediates(image, intermediates_only=True):
-        assert tap.is_contiguous(memory_format=memory_format)
+    for m in (model, reparameterize_model(model)):
+        for tap in m.forward_intermediates(image, intermediates_only=True):
+            assert tap.is_contiguous(memory_format=memory_format)
 
 
 def test_state_dict_and_copies():
@@ -212,30 +214,48 @@ def create_stages(**kwargs):
     return create_network(depths=(1, 1, 2) + (1,) * 6, **kwargs).blocks[:3]
 
 
-def maps(batch, height, width, dtype=torch.float64):
-    return images(batch, 4, height, width, dtype=dtype)
+ALL_RATES = dict(rates=(8, 4, 2, 2, 2))
+network_and_graph = pytest.mark.parametrize(
+    'form', [lambda stages: stages, HarmoniousStages.fuse], ids=['network', 'graph'])
 
 
-@pytest.mark.parametrize('kwargs', [dict(spatial_expansion='deconv'), dict(rates=(8, 4, 2, 2, 2))], ids=str)
-def test_script_trace_and_compile(kwargs):
-    stages, x = create_stages(**kwargs), maps(2, 32, 48)
-    graph = stages.fuse()
-    for program in (torch.jit.script(graph), torch.fx.symbolic_trace(graph), torch.jit.trace(graph, (x,))):
+@network_and_graph
+@pytest.mark.parametrize('kwargs', [dict(spatial_expansion='deconv'), ALL_RATES], ids=str)
+def test_script_and_trace(form, kwargs):
+    stages, x = create_stages(**kwargs), images(2, 4, 32, 48)
+    module = form(stages)
+    for program in (torch.jit.script(module), torch.fx.symbolic_trace(module), torch.jit.trace(module, (x,))):
         assert_equal(program(x), stages(x))
-        assert_equal(program(maps(1, 33, 23)), stages(maps(1, 33, 23)))
+        assert_equal(program(images(1, 4, 33, 23)), stages(images(1, 4, 33, 23)))
+
+
+def test_compiled_network_trains():
+    stages, x, results = create_stages(**ALL_RATES).train(), images(2, 4, 32, 48), []
+    for forward in (stages, torch.compile(stages, fullgraph=True, backend='aot_eager')):
+        y = forward(x)
+        results.append((y, *torch.autograd.grad(y.square().mean(), stages.parameters())))
+    torch.testing.assert_close(*results)
+
+
+def test_network_is_compiled_once_for_all_sizes():
+    block, compiler = create_stages(**ALL_RATES)[2][0], CompileCounter()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=compiler)
     with torch.no_grad():
-        compiled = torch.compile(graph, fullgraph=True, backend='aot_eager')
-        assert_equal(compiled(maps(2, 33, 32)), stages(maps(2, 33, 32)))
+        for i in range(8):
+            x = images(2, 4, 32 + 7 * i, 32 + 5 * i)
+            assert_equal(compiled(x), block(x))
+    assert compiler.frame_count <= 4  # even and odd sizes apart in PyTorch 2.1
 
 
+@network_and_graph
 @needs_onnx_exporter
-def test_export_and_onnx_of_dynamic_batch_and_size(tmp_path):
-    stages, path = create_stages(rates=(8, 4, 2, 2, 2), dtype=torch.float32), str(tmp_path / 'model.onnx')
+def test_export_and_onnx_of_dynamic_batch_and_size(form, tmp_path):
+    stages, path = create_stages(**ALL_RATES, dtype=torch.float32), str(tmp_path / 'model.onnx')
     dims = {i: torch.export.Dim(n, min=m) for i, n, m in ((0, 'batch', 1), (2, 'height', 17), (3, 'width', 17))}
-    program = torch.export.export(stages.fuse(), (maps(2, 32, 48, torch.float32),), dynamic_shapes=(dims,))
+    program = torch.export.export(form(stages), (images(2, 4, 32, 48, dtype=torch.float32),), dynamic_shapes=(dims,))
     torch.onnx.export(program, (), path, input_names=['x'], dynamo=True, verbose=False)
     onnx.checker.check_model(path, full_check=True)
-    x = maps(3, 23, 51, torch.float32)
+    x = images(3, 4, 23, 51, dtype=torch.float32)
     found = torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {'x': x.numpy()})[0])
     for y in (found, program.module()(x)):
         assert_equal(y, stages(x), 20 * 10 * torch.finfo(torch.float32).eps)  # rounding over 20 layers
@@ -243,17 +263,6 @@ def test_export_and_onnx_of_dynamic_batch_and_size(tmp_path):
 
 @needs_program_export
 @pytest.mark.parametrize('size', [(32, 48), (33, 23), (3, 50)], ids=str)
-def test_exported_program_is_for_xnnpack(size):
-    stages, x = create_stages(rates=(8, 4, 2, 2, 2)), maps(2, *size)
-    program = torch.export.export(stages.fuse(), (x,))
-    assert_equal(program.module()(x), stages(x))
-    # XNNPACK has no upsampling and no pool that rounds up, PT2E's quantizers give no range to `pad`
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert not [target for target in targets if any(name in target for name in ('.pad.', 'upsample', '.avg_pool2d'))]
-
-
-@pytest.mark.parametrize('size, rate', [((8, 6), 2), ((7, 5), 2), ((57, 50), 8), ((3, 2), 8)])
-def test_expansion_for_xnnpack(size, rate):
-    x, shortcut = images(2, 3, *(-(-s // rate) for s in size)), images(2, 3, *size)
-    expected = x.repeat_interleave(rate, 2).repeat_interleave(rate, 3)[:, :, :size[0], :size[1]] + shortcut
-    assert torch.equal(add_expanded(x, shortcut, rate), expected)
+def test_graph_for_xnnpack(size):
+    stages, x = create_stages(**ALL_RATES), images(2, 4, *size)
+    assert_equal(torch.export.export(stages.fuse(), (x,)).module()(x), stages(x))

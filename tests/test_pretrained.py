@@ -1,21 +1,17 @@
 """Published weights arrive and are the right ones, or an error says why not and what to do."""
-import contextlib
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
-import tempfile
+import subprocess
+import sys
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import reference
 import safetensors.torch
@@ -23,13 +19,10 @@ import timm
 import torch
 from hub_server import TOKEN, git_blob_id
 from huggingface_hub import constants
-from packaging.version import Version
-from PIL import Image
+from networks import released
 from stand_ins import release_file
-from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
-import timm_hbonet
 from timm_hbonet.hbonet import default_cfgs
 from timm_hbonet.weights import download_release, find_weights, get_release_path, verify_release
 
@@ -57,19 +50,12 @@ def assert_reference(model, name=NAME):
     reference.assert_close(logits, case['logits'], 1e-4)
 
 
-@lru_cache(maxsize=None)
-def converted():
-    """Recreated weights of the release in our layout."""
-    model = timm.create_model(NAME)
-    model.load_state_dict(reference.release_state_dict(NAME, torch.float32))
-    return model.state_dict()
-
-
 def publish(server, changes=(), repo_id=HUB_ID, revision='main'):
     """Put weights on the Hub, with other tensors or without some (None)."""
     config = {'architecture': 'hbonet_010', 'num_classes': 1000, 'pretrained_cfg': {
         'first_conv': get_pretrained_cfg(NAME).first_conv, 'classifier': 'classifier'}}
-    tensors = {k: v for k, v in {**converted(), **dict(changes)}.items() if v is not None}
+    tensors = {**released('hbonet_010', torch.float32).state_dict(), **dict(changes)}
+    tensors = {k: v for k, v in tensors.items() if v is not None}
     files = {'config.json': json.dumps(config).encode(), 'model.safetensors': safetensors.torch.save(tensors)}
     server.add_repository(repo_id, files, revision)
 
@@ -91,27 +77,6 @@ def test_each_tag_has_a_complete_config():
         assert cfg.paper_name and cfg.origin_url == 'https://github.com/d-li14/HBONet'
 
 
-@pytest.mark.parametrize('name', ['hbonet_100.in1k', 'hbonet_080.r192_in1k', 'hbonet_035.r96_in1k'])
-def test_transform_is_the_authors_evaluation(name):
-    cfg = get_pretrained_cfg(name).to_dict()
-    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg))
-    for width, height in ((500, 375), (300, 401)):
-        image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8))
-        found = transform(image)
-
-        size = cfg['input_size'][1]
-        short = math.floor(size / 0.875)
-        if width < height:
-            width, height = short, int(short * height / width)
-        else:
-            width, height = int(short * width / height), short
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), Image.BILINEAR).crop((left, top, left + size, top + size))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        torch.testing.assert_close(found, (pixels - mean[:, None, None]) / std[:, None, None])
-
-
 # from the Hub
 
 
@@ -131,7 +96,7 @@ def test_weights_on_the_hub(filename, server, tmp_path, monkeypatch):
     publish(server)
     if filename == 'pytorch_model.bin':
         file = io.BytesIO()
-        torch.save(converted(), file)
+        torch.save(safetensors.torch.load(server.files(HUB_ID)['model.safetensors']), file)
         server.add_repository(HUB_ID, {filename: file.getvalue()})
     assert_reference(create(cache_dir=tmp_path))
     assert server.count(f'/{HUB_ID}/resolve/main/{filename}', 'GET') == 1
@@ -146,55 +111,41 @@ def test_weights_on_the_hub(filename, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('key, change', [
-    ('blocks.0.0.conv_dw.bn.running_mean', None),
-    ('blocks.0.0.conv_dw.bn.running_mean', torch.zeros(7)),
-    ('surprise.weight', torch.zeros(1)),
-    ('classifier.weight', torch.zeros(10, 1600)),
-    ('conv_stem.conv.weight', torch.zeros(4, 1, 3, 3)),
-])
+    ('blocks.0.0.conv_dw.bn.running_mean', None), ('classifier.weight', torch.zeros(10, 1600))])
 def test_tensors_on_the_hub_that_do_not_fit(key, change, server, tmp_path):
     publish(server, {key: change})
-    with pytest.raises(RuntimeError, match=key.removesuffix('.weight')):
+    with pytest.raises(RuntimeError, match=key):
         create(cache_dir=tmp_path)
     assert server.count('/d-li14/*') == 0
-
-
-def test_without_pretrained_strict_weights_load_in_part(server, tmp_path):
-    publish(server, {'blocks.0.0.conv_dw.bn.running_mean': None, 'surprise.weight': torch.zeros(1)})
-    loaded = create(cache_dir=tmp_path, pretrained_strict=False).state_dict()
-    differing = [k for k, v in converted().items() if not torch.equal(loaded[k], v)]
-    assert differing == ['blocks.0.0.conv_dw.bn.running_mean']
 
 
 class MakesFolder:
     """Unpickled in full, it makes a folder."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ('made',)
 
 
-def test_pickle_that_wants_to_run_code_is_refused(server, tmp_path):
+def test_pickle_that_wants_to_run_code_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = io.BytesIO()
-    torch.save({'classifier.weight': MakesFolder(tmp_path / 'made')}, file)
+    torch.save({'classifier.weight': MakesFolder()}, file)
     server.add_repository(HUB_ID, {'pytorch_model.bin': file.getvalue()})
     with pytest.raises(RuntimeError):
-        create(cache_dir=tmp_path / 'a')
+        create(cache_dir='a')
     server.repositories.clear()
     server.fail(RELEASE_FILE, content=file.getvalue())
     with pytest.raises(RuntimeError, match=f'3. .*git blob id is {git_blob_id(file.getvalue())}'):
-        create(cache_dir=tmp_path / 'b')
-    assert not (tmp_path / 'made').exists()
+        create(cache_dir='b')
+    assert not Path('made').exists()
 
 
 # what timm does with weights
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(act_layer='rleu'), dict(norm_layer='nonorm'), dict(spatial_expansion='linear'), dict(unknown=1),
-    dict(features_only=True, out_indices=(7,)), dict(device='cuda:99'), dict(output_stride=8),
+    dict(act_layer='rleu'), dict(spatial_expansion='linear'), dict(unknown=1),
+    dict(features_only=True, out_indices=(7,)),
 ], ids=str)
 def test_other_mistakes_are_not_those_of_the_weights(kwargs, server, tmp_path):
     def find_error(pretrained):
@@ -208,14 +159,8 @@ def test_other_mistakes_are_not_those_of_the_weights(kwargs, server, tmp_path):
     assert expected and find_error(True) == expected
 
 
-def test_network_that_the_weights_are_not_of(server, tmp_path):
-    with pytest.raises(RuntimeError, match='another network: it has features.5.conv.0 where blocks.3.1.'):
-        create(cache_dir=tmp_path, depths=(1, 1, 1, 4, 4, 1, 1, 2, 1))
-
-
 def test_other_numbers_of_input_channels_and_classes(server, tmp_path):
-    publish(server)
-    stem = converted()['conv_stem.conv.weight']
+    stem = reference.release_state_dict(NAME, torch.float32)['features.0.0.weight']
     for in_chans, num_classes, expected, outputs in (
             (1, 10, stem.sum(1, keepdim=True), 10), (4, 0, torch.cat([stem, stem[:, :1]], 1) * 3 / 4, 1600)):
         model = create(cache_dir=tmp_path, in_chans=in_chans, num_classes=num_classes)
@@ -233,10 +178,9 @@ def test_feature_maps(feature_cls, server, tmp_path):
     assert str(tmp_path).encode() not in pickle.dumps(features)
 
 
-@pytest.mark.parametrize('num_classes', [1000, 10])
-def test_weights_are_refused_for_another_spatial_expansion(num_classes, server, tmp_path):
+def test_weights_are_refused_for_another_spatial_expansion(server):
     with pytest.raises(ValueError, match=f"{NAME} need spatial_expansion='nearest', got 'deconv'"):
-        create(cache_dir=tmp_path, spatial_expansion='deconv', num_classes=num_classes)
+        create(spatial_expansion='deconv')
     assert server.count() == 0
 
 
@@ -262,35 +206,29 @@ def test_config_is_the_registered_one_and_rebuilds_elsewhere(on_hub, server, tmp
 
 
 def test_other_sources_are_those_of_timm(server, tmp_path):
-    folder = tmp_path / 'model'
-    folder.mkdir()
     publish(server, repo_id='org/mine')
     for filename, content in server.files('org/mine').items():
-        (folder / filename).write_bytes(content)
+        (tmp_path / filename).write_bytes(content)
     server.pages['/mine.pth'] = release_file(NAME)
 
-    overlay = {'file': str(folder / 'model.safetensors')}
+    overlay = {'file': str(tmp_path / 'model.safetensors')}
     model = create(pretrained_cfg_overlay=overlay)
     assert_reference(model)
     assert model.pretrained_cfg == {**get_pretrained_cfg(NAME).to_dict(), **overlay}
     assert_reference(create(pretrained_cfg_overlay={'state_dict': model.state_dict()}))
-    assert_reference(create(f'local-dir:{folder}'))
-    assert_reference(timm.create_model(NAME, checkpoint_path=folder / 'model.safetensors').eval())
+    assert_reference(create(f'local-dir:{tmp_path}'))
     assert server.count() == 0
-    assert_reference(create('hf-hub:org/mine', cache_dir=tmp_path))
-    assert_reference(create(pretrained_cfg_overlay={'hf_hub_id': 'org/mine'}, cache_dir=tmp_path))
-    if Version(torch.__version__) >= Version('2.14'):  # timm 1.0.26 gives the file to torch.load, which must know it
-        assert_reference(create(pretrained_cfg_overlay={
-            'hf_hub_id': 'org/mine', 'hf_hub_filename': 'model.safetensors', 'source': 'hf-hub'}, cache_dir=tmp_path))
-    assert server.count('/org/mine/resolve/main/model.safetensors', 'GET') == 1
-    overlay = {'url': f'{server.url}/mine.pth', 'hf_hub_id': None}
-    assert_reference(create(pretrained_cfg_overlay=overlay, cache_dir=tmp_path))
-    assert server.count('/mine.pth', 'GET') == 1
+    for name, overlay in (
+            ('hf-hub:org/mine', None),
+            (NAME, {'hf_hub_id': 'org/mine'}),
+            (NAME, {'url': f'{server.url}/mine.pth', 'hf_hub_id': None}),
+    ):
+        assert_reference(create(name, pretrained_cfg_overlay=overlay, cache_dir=tmp_path))
+    assert server.count('/org/mine/resolve/main/model.safetensors', 'GET') == server.count('/mine.pth', 'GET') == 1
     with pytest.raises(FileNotFoundError):
         create(pretrained_cfg_overlay={'file': tmp_path / 'nowhere.pth'})
     with pytest.raises(Exception):  # noqa: B017  of the client, another one in each major version
         create(pretrained_cfg_overlay={'hf_hub_id': 'org/none'}, cache_dir=tmp_path)
-    assert server.count('/org/none/*')
     assert server.count('/timm/*') == server.count('/d-li14/*') == 0
 
 
@@ -351,13 +289,15 @@ def test_error_tells_what_was_tried_and_what_to_do(server, tmp_path):
     path.write_bytes(b'damaged')
     with pytest.raises(RuntimeError) as e:
         create(cache_dir=tmp_path)
-    lines = str(e.value).splitlines()
-    assert NAME in lines[0]
-    for number, source, reason, line in zip(
-            '123', (str(path), HUB_ID, str(path)), (git_blob_id(b'damaged'), '401', '404'), lines[1:4], strict=True):
-        assert line.startswith(number) and source in line and reason in line
-    for way_out in ('TIMM_HBONET_HUB_NAMESPACE', 'HF_ENDPOINT', "pretrained_cfg_overlay=dict(file='...')", 'cache_dir'):
-        assert way_out in lines[4]
+    first, *tried, last = str(e.value).splitlines()
+    assert NAME in first
+    assert tried[0].startswith(f'1. {path}: ValueError: the git blob id is {git_blob_id(b"damaged")}')
+    assert tried[1].startswith(f'2. {HUB_ID} on {server.url}: ') and '401' in tried[1]
+    assert tried[2].startswith(f"3. the authors' release, to {path}: ") and '404' in tried[2]
+    url = next(entry['url'] for entry in reference.CHECKPOINTS if entry['model'] == NAME)
+    assert f"Download {url}, and pass `pretrained_cfg_overlay=dict(file='...')`" in last
+    for name in ('TIMM_HBONET_HUB_NAMESPACE', 'HF_ENDPOINT', 'cache_dir'):
+        assert name in last
     assert [p.read_bytes() for p in tmp_path.glob('*.pth*')] == [b'damaged'], 'until there is a good one'
 
 
@@ -374,59 +314,20 @@ def test_damaged_file_is_replaced_and_that_of_the_user_is_left_alone(where, serv
     assert (folder / 'hbonet_0_1.pth').read_bytes() == b'fine-tuned'
 
 
-@contextlib.contextmanager
-def ordinary_user():
-    """Root may write anywhere."""
-    if os.name == 'nt':
-        pytest.skip('the permissions of a file are those of Unix')
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
-
-
-@contextlib.contextmanager
-def full_disk():
-    resource = pytest.importorskip('resource', reason='limits of file size exist on Unix only')
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize('fault, error', [
-    ('read-only', 'PermissionError'), ('full', 'OSError'), ('file', 'NotADirectoryError')])
-def test_cache_that_cannot_be_written(fault, error, server):
+def test_cache_that_cannot_be_written(server, tmp_path):
     publish(server)
-    with tempfile.TemporaryDirectory() as parent:  # tmp_path is closed to other users
-        folder = Path(parent, 'cache')
-        os.chmod(parent, 0o755)
-        if fault == 'file':
-            folder.touch()  # not even root can make a folder in a file
-            folder = folder / 'cache'
-        else:
-            folder.mkdir(mode=0o555)
-        limit = {'read-only': ordinary_user, 'full': full_disk, 'file': contextlib.nullcontext}[fault]
-        with limit(), pytest.raises(RuntimeError, match=f'3. .*{re.escape(str(folder))}.* {error}: .*\n.*`cache_dir`'):
-            find_weights(NAME, folder)
-        assert not [*folder.glob('*.pth*'), *folder.glob('*/snapshots/*/*')]
+    (tmp_path / 'file').touch()
+    folder = tmp_path / 'file/cache'  # not even root can make a folder in a file
+    with pytest.raises(RuntimeError, match=rf'3\. .*{re.escape(str(folder))}.* \w+Error: .*\n.*`cache_dir`'):
+        find_weights(NAME, folder)
 
 
-def test_cached_file_that_cannot_be_read_is_left_as_it_is(server):
-    with tempfile.TemporaryDirectory() as parent:
-        os.chmod(parent, 0o777)
-        path = download_release(NAME, parent)
-        path.chmod(0o000)
-        with ordinary_user(), pytest.raises(RuntimeError, match='1. .*PermissionError(.|\n)*3. .*PermissionError'):
-            find_weights(NAME, parent)
-        path.chmod(0o600)
-        verify_release(path, NAME)
+def test_what_cannot_be_read_in_the_cache_is_left_as_it_is(server, tmp_path):
+    get_release_path(NAME, tmp_path).mkdir()  # not even root can read a folder
+    error = r'\. .* (IsADirectory|Permission)Error: '
+    with pytest.raises(RuntimeError, match=rf'1{error}(.|\n)*3{error}'):
+        find_weights(NAME, tmp_path)
+    assert server.count(RELEASE_FILE) == 0
 
 
 def test_many_that_download_at_once(server, tmp_path):
@@ -456,7 +357,7 @@ def test_namespace_and_revision(server, tmp_path, monkeypatch, caplog):
     assert re.search(f'WARNING .*org/{NAME} .*Revision(.|\n)*WARNING .*other/{NAME} .*401', caplog.text)
 
 
-@pytest.mark.parametrize('namespace', ['a/b', ' ', '@v1', 'a@b@c', 'org@', 'a..b', '-a'])
+@pytest.mark.parametrize('namespace', ['a/b', ' ', 'a@b@c', 'org@', 'a..b', '-a'])
 def test_namespace_that_is_none(namespace, server, tmp_path, monkeypatch):
     monkeypatch.setenv('TIMM_HBONET_HUB_NAMESPACE', namespace)
     assert timm.create_model(NAME).num_classes == 1000
@@ -465,49 +366,22 @@ def test_namespace_that_is_none(namespace, server, tmp_path, monkeypatch):
     assert server.count() == 0
 
 
-CHILD = f'''if True:
-    import json, os, sys
-    sys.path[:0] = ['app.zip', {str(Path(__file__).parent)!r}]
-    import timm, timm_hbonet
-    from timm_hbonet.weights import find_weights
-    import stand_ins
-    stand_ins.use()
-'''
-
-
-def test_package_in_a_zip_on_a_machine_without_network(server, run_python, tmp_path):
-    package = Path(timm_hbonet.__file__).parent
-    with zipfile.ZipFile(tmp_path / 'app.zip', 'w') as file:
-        for path in package.glob('*.py'):
-            file.write(path, f'{package.name}/{path.name}')
+def test_machine_without_network(server, tmp_path):
     publish(server)
     on_hub = find_weights(NAME, tmp_path / 'hf/hub')
-    released = find_weights('hbonet_025.in1k', tmp_path / 'torch/hub/checkpoints')
+    release = find_weights('hbonet_025.in1k', tmp_path / 'torch/hub/checkpoints')
     requests = server.count()
-    code = CHILD + f'''
-    assert 'app.zip' in timm_hbonet.__file__
-    print(json.dumps([timm.list_pretrained('hbonet*'), find_weights({NAME!r}), find_weights('hbonet_025.in1k')]))
-    find_weights('hbonet_035.in1k')'''
-    result = run_python(
-        code, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'), TORCH_HOME=str(tmp_path / 'torch'),
-        TIMM_HBONET_AUTOLOAD='0')
+    code = f'''if True:
+        import stand_ins
+        from timm_hbonet.weights import find_weights
+        stand_ins.use()
+        assert find_weights({NAME!r}) == {on_hub!r}
+        assert find_weights('hbonet_025.in1k') == {release!r}
+        find_weights('hbonet_035.in1k')
+    '''
+    folders = {'HF_HOME': str(tmp_path / 'hf'), 'TORCH_HOME': str(tmp_path / 'torch')}
+    environment = {**os.environ, **folders, 'HF_HUB_OFFLINE': '1'}
+    result = subprocess.run(
+        [sys.executable, '-c', code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert re.search(r'RuntimeError: (.|\n)*\n2. .*OfflineMode.*\n3. .*OfflineMode', result.stderr), result.stderr
     assert server.count() == requests
-    tags, *files = json.loads(result.stdout)
-    assert sorted(tags) == sorted(NAMES) and files == [on_hub, released]
-    assert re.search(r'RuntimeError: (.|\n)*\n2. .*OfflineMode.*\n3. .*OfflineMode', result.stderr)
-
-
-def test_proxy_carries_the_hub_and_the_release(server, run_python, tmp_path):
-    publish(server)
-    code = CHILD + f'''
-    import urllib.request
-    urllib.request.install_opener(None)
-    print(find_weights({NAME!r}))
-    find_weights('hbonet_025.in1k')'''
-    result = run_python(
-        code, HF_ENDPOINT='http://hub.invalid', HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path), NO_PROXY='',
-        no_proxy='', HTTP_PROXY=server.url, http_proxy=server.url, HTTPS_PROXY=server.url, https_proxy=server.url)
-    assert f'models--timm--{NAME}' in result.stdout, result.stderr
-    assert server.count(f'/timm/{NAME}/resolve/*', 'GET') == 1
-    assert server.count('github.com:443', 'CONNECT') == 1
-    assert re.search('3. .*502', result.stderr), result.stderr

@@ -55,8 +55,9 @@ def find_weights(name: str, cache_dir: Optional[Union[str, Path]] = None) -> str
             # none published there yet is no fault, to strangers the Hub calls that an invalid username
             is_usual = namespace == 'timm' and re.search('FileNotFound|RepositoryNotFound|Invalid username', lines[-1])
             _logger.log(logging.INFO if is_usual else logging.WARNING, f'No weights of {name} from {lines[-1][3:]}')
-    raise RuntimeError('\n'.join([*lines, 'Set TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, or '
-        "`cache_dir` to a folder that can be written, or `pretrained_cfg_overlay=dict(file='...')` to a file."]))
+    url = models.get_pretrained_cfg(name).url.partition('#')[0]
+    raise RuntimeError('\n'.join([*lines, f"Download {url}, and pass `pretrained_cfg_overlay=dict(file='...')`. Or set "
+        'TIMM_HBONET_HUB_NAMESPACE or HF_ENDPOINT to a Hub that has them, or `cache_dir` to a writable folder.']))
 
 
 def _download_from_hub(repo: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]]) -> str:
@@ -75,8 +76,7 @@ def get_release_path(name: str, cache_dir: Optional[Union[str, Path]] = None) ->
 def verify_release(path: Path, name: str) -> Path:
     """Returns the path of a file, unopened, if it is the checkpoint `name`. ValueError or OSError if not."""
     content, expected = path.read_bytes(), models.get_pretrained_cfg(name).url.partition('#')[2]
-    blob = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-    if blob != expected:
+    if (blob := hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()) != expected:
         raise ValueError(f'the git blob id is {blob}, not {expected}, of {len(content)} bytes: {content[:20]!r}')
     return path
 
