@@ -53,10 +53,6 @@ def test_logits_of_other_sizes(name, case):
     assert logits.topk(5).indices.tolist() == case['top5']
 
 
-def _legacy(state_dict, path):
-    torch.save(state_dict, path, _use_new_zipfile_serialization=False)
-
-
 def _load_state_dict(name, path, **kwargs):
     model = timm.create_model(name, **kwargs)
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -71,7 +67,7 @@ DOORS = {
 }
 FORMATS = {
     'zip': torch.save,
-    'legacy': _legacy,
+    'legacy': lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False),
     'training': lambda s, path: torch.save({'epoch': 150, 'state_dict': s, 'best_prec1': 73.1}, path),
     'parallel': lambda s, path: torch.save({f'module.{k}': v for k, v in s.items()}, path),
     'untracked': lambda s, path: torch.save(

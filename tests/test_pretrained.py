@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from networks import released
 from stand_ins import release_file
 from timm.models import get_pretrained_cfg
+from timm.models._registry import _model_pretrained_cfgs
 
 from timm_hbonet.hbonet import default_cfgs
 from timm_hbonet.weights import download_release, find_weights, get_release_path, verify_release
@@ -94,10 +95,10 @@ def test_each_of_the_19_comes_from_its_repository_and_else_from_its_release(serv
 @pytest.mark.parametrize('filename', ['model.safetensors', 'pytorch_model.bin'])
 def test_weights_on_the_hub(filename, server, tmp_path, monkeypatch):
     publish(server)
+    files, file = server.files(HUB_ID), io.BytesIO()
     if filename == 'pytorch_model.bin':
-        file = io.BytesIO()
-        torch.save(safetensors.torch.load(server.files(HUB_ID)['model.safetensors']), file)
-        server.add_repository(HUB_ID, {filename: file.getvalue()})
+        torch.save(safetensors.torch.load(files.pop('model.safetensors')), file)
+    files['pytorch_model.bin'] = file.getvalue()  # empty where it is not taken
     assert_reference(create(cache_dir=tmp_path))
     assert server.count(f'/{HUB_ID}/resolve/main/{filename}', 'GET') == 1
     assert_reference(create(cache_dir=tmp_path))
@@ -283,6 +284,13 @@ def test_faults_of_the_site_of_the_release(fault, reason, server, tmp_path, monk
     assert list(tmp_path.glob('*.pth*')) == []
 
 
+def test_digest_is_compared_in_full(server, tmp_path, monkeypatch):
+    cfg = _model_pretrained_cfgs[NAME]
+    monkeypatch.setattr(cfg, 'url', cfg.url[:-1] + ('1' if cfg.url.endswith('0') else '0'))
+    with pytest.raises(ValueError, match='the git blob id is'):
+        download_release(NAME, tmp_path)
+
+
 def test_error_tells_what_was_tried_and_what_to_do(server, tmp_path):
     server.pages.clear()
     path = get_release_path(NAME, tmp_path)
@@ -350,6 +358,8 @@ def test_namespace_and_revision(server, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv('TIMM_HBONET_HUB_NAMESPACE', 'org@v1')
     assert_reference(create(cache_dir=tmp_path))
     assert server.count(f'/org/{NAME}/resolve/v1/model.safetensors', 'GET') == 1
+    server.fail('*/v1/*', status=500)
+    assert 'models--org' in find_weights(NAME, tmp_path)
     monkeypatch.setenv('TIMM_HBONET_HUB_NAMESPACE', 'org@v2')
     assert find_weights(NAME, tmp_path) == str(get_release_path(NAME, tmp_path))
     monkeypatch.setenv('TIMM_HBONET_HUB_NAMESPACE', 'other')

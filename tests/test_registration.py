@@ -171,6 +171,7 @@ def test_start_file_does_the_same(bare, fake_timm):
     # what Python does with it from 3.15 on
     entry_point = (bare.site / 'timm_hbonet.start').read_text().strip()
     start = f'import pkgutil, sys; sys.path.append({str(bare.site)!r}); pkgutil.resolve_name({entry_point!r})(); '
+    start += 'assert "timm" not in sys.modules; '
     assert bare.run_code(start + LIST_MODELS, '-S', PYTHONPATH=fake_timm) == "['hbonet_100']\n"
 
 
@@ -225,6 +226,9 @@ def test_timm_in_a_zip_file(bare, fake_timm, tmp_path):
         assert not {'timm', 'timm_hbonet'} & set(sys.modules)
         import timm
         assert timm.is_model('hbonet_100')
+        for finder in sys.meta_path:
+            finder.find_spec('timm')
+        assert type(timm.__loader__) is type(timm.__spec__.loader) is type(timm.models.__loader__)
         importlib.reload(timm)
         assert timm.is_model('hbonet_100') and timm.imports_of_plugin == 1
     """, id='looked for, then imported and reloaded'),
