@@ -84,11 +84,12 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:  # each source of models and weights has errors of its own
+        reason = str(e).partition('\nSet ')[0]  # what follows names arguments that a script does not have
         known = ', '.join(timm.list_models('hbonet*')) or 'none, timm-hbonet is not installed'
         raise BadInput(
-            f'--model {name} cannot be created. {type(e).__name__}: {e} timm lists models by timm.list_models(), of '
-            f'this family: {known}. Published weights need the Hugging Face Hub or GitHub once; a folder with weights '
-            f'needs neither, --model local-dir:FOLDER.') from None
+            f'--model {name} cannot be created. {type(e).__name__}: {reason} timm lists models by timm.list_models(), '
+            f'of this family: {known}. --pretrained needs the Hugging Face Hub or GitHub once; it can be left out, and '
+            f'a folder with weights needs neither, --model local-dir:FOLDER.') from None
 
 
 def create_output_dir(args: argparse.Namespace) -> None:

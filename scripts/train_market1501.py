@@ -5,7 +5,7 @@ Runs on a GPU if there is one, and in several processes with torchrun. See docs/
 """
 import argparse
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -32,6 +32,7 @@ FILE_NAME = re.compile(r'(-1|[0-9]{1,18})_c([0-9]{1,18})([^0-9].*)?\.(jpe?g|png)
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 RANKS = (1, 5, 10)
 Data = Dict[str, List['Sample']]  # by folder
+Features = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # embeddings (N, D) of unit length, identities, cameras
 TILE = (100, 200)  # width and height in pixels, of the picture of matches
 
 
@@ -39,13 +40,6 @@ class Sample(NamedTuple):
     path: Path
     identity: int
     camera: int
-
-
-class Features(NamedTuple):
-    """Embeddings (N, D) of unit length with identities (N,) and cameras (N,)."""
-    embeddings: torch.Tensor
-    identities: torch.Tensor
-    cameras: torch.Tensor
 
 
 class ReidModel(nn.Module):
@@ -69,13 +63,15 @@ def read_split(folder: Path, errors: List[str]) -> List[Sample]:
         if match and path.name.isprintable():
             samples.append(Sample(path, int(match[1]), int(match[2])))
         elif not path.name.startswith('.') and path.name.lower() not in ('thumbs.db', 'desktop.ini'):
-            errors.append(f'{path} is not named IDENTITY_cCAMERA*.jpg or .png, as 0002_c1_7.jpg. Rename or remove it.')
+            errors.append(
+                f'{path} is not named IDENTITY_cCAMERA*, as 0002_c1_7.jpg, with .jpg, .jpeg or .png. Rename or remove '
+                f'it.')
     return samples
 
 
 def read_data(args: argparse.Namespace) -> Data:
     """Read and check the folders that are needed: persons, in the gallery also distractors, never junk."""
-    errors, data = [], {}
+    errors, data, cameras = [], {}, defaultdict(set)
     for split in (QUERY, GALLERY) if args.evaluate else (TRAIN, QUERY, GALLERY):
         folder = args.data / split
         found = read_split(folder, errors)
@@ -88,12 +84,8 @@ def read_data(args: argparse.Namespace) -> Data:
         print(f'{split}: {len(samples)} images, {len(identities)} identities, {len(found) - len(samples)} left out')
     raise_errors(errors)
     check_overlap(args, {k: [f'identity {s.identity:04}' for s in v] for k, v in data.items() if k != QUERY})
-    counts, cameras = Counter(s.identity for s in data.get(TRAIN, ())), defaultdict(set)
     for _, identity, camera in data[GALLERY]:
         cameras[identity].add(camera)
-    errors += [
-        f'{path} is the only image of identity {identity:04}, and the triplet loss needs two of each. Add another, or '
-        f'remove it.' for path, identity, _ in data.get(TRAIN, ()) if counts[identity] == 1]
     errors += [
         f'{path} has no match: {folder} has no image of identity {identity:04} from another camera than {camera}. Add '
         f'one, or remove the query.' for path, identity, camera in data[QUERY] if not cameras[identity] - {camera}]
@@ -113,21 +105,21 @@ def check_images(paths: Sequence[Path], errors: List[str]) -> None:
 
 def rank_gallery(query: Features, gallery: Features) -> Iterator[torch.Tensor]:
     """Give for each query indices (M,) of gallery images, best first, but not those of its identity by its camera."""
+    embeddings, identities, cameras = gallery
     for embedding, identity, camera in zip(*query, strict=True):
-        order = (gallery.embeddings @ embedding).argsort(descending=True, stable=True)
-        yield order[(gallery.identities[order] != identity) | (gallery.cameras[order] != camera)]
+        order = (embeddings @ embedding).argsort(descending=True, stable=True)
+        yield order[(identities[order] != identity) | (cameras[order] != camera)]
 
 
 def compute_metrics(query: Features, gallery: Features) -> Dict[str, float]:
     """Compute mAP and CMC in percent. Each query must have a match in the gallery from another camera."""
-    values = []
-    rankings = progress(rank_gallery(query, gallery), 'Ranking', total=len(query.identities))
-    for identity, ranking in zip(query.identities, rankings, strict=True):
-        ranks = (gallery.identities[ranking] == identity).nonzero().flatten() + 1  # of the matches
+    values, rankings = [], progress(rank_gallery(query, gallery), 'Ranking', total=len(query[1]))
+    for identity, ranking in zip(query[1], rankings, strict=True):
+        ranks = (gallery[1][ranking] == identity).nonzero().flatten() + 1  # of the matches
         precisions = torch.arange(1, len(ranks) + 1) / ranks.double()
         values.append([precisions.mean(), *(ranks[0] <= rank for rank in RANKS)])
-    means = torch.tensor(values, dtype=torch.double).mean(0)
-    return dict(zip(('mAP', *(f'rank-{r}' for r in RANKS)), (100 * means).tolist(), strict=True))
+    means = 100 * torch.tensor(values, dtype=torch.double).mean(0)
+    return dict(zip(('mAP', *(f'rank-{r}' for r in RANKS)), means.tolist(), strict=True))
 
 
 def load_batch(transform: Callable, items: Sequence[Tuple[Path, int]]) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -161,15 +153,15 @@ def evaluate(model: ReidModel, data: Data, args: argparse.Namespace) -> Dict[str
     features, rows = [], []
     for split in (QUERY, GALLERY):
         paths, *numbers = zip(*data[split], strict=True)
-        features.append(Features(extract(model, paths, args, split), *map(torch.tensor, numbers)))
+        features.append((extract(model, paths, args, split), *map(torch.tensor, numbers)))
     query, gallery = features
     chosen = torch.linspace(0, len(data[QUERY]) - 1, min(8, len(data[QUERY]))).long()
-    for i, ranking in zip(chosen, rank_gallery(Features(*(v[chosen] for v in query)), gallery), strict=True):
-        path, wanted, camera = data[QUERY][i]
-        rows.append([draw(path, f'query\ncamera {camera}', 'black')])
+    for i, ranking in zip(chosen, rank_gallery([v[chosen] for v in query], gallery), strict=True):
+        wanted = data[QUERY][i]
+        rows.append([draw(wanted.path, f'query\ncamera {wanted.camera}', 'black')])
         for path, identity, camera in (data[GALLERY][j] for j in ranking[:10]):
-            name = 'distractor' if identity == DISTRACTOR else f'{identity:04}'
-            rows[-1].append(draw(path, f'{name}\ncamera {camera}', 'lime' if identity == wanted else 'red'))
+            color = 'lime' if identity == wanted.identity else 'red'
+            rows[-1].append(draw(path, f'{identity or "distractor"}\ncamera {camera}', color))
     write_grid(args.output_dir / 'matches.png', rows, TILE)
     return compute_metrics(query, gallery)
 
@@ -195,7 +187,7 @@ def draw(path: Path, title: str, color: str) -> Image.Image:
 
 
 def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> ReidModel:
-    backbone = create_model(args.model, pretrained=pretrained, num_classes=args.num_classes)
+    backbone = create_model(args.model, pretrained=pretrained, num_classes=len(args.classes))
     model = ReidModel(backbone).eval()
     try:
         if hasattr(backbone, 'set_input_size'):
@@ -211,16 +203,15 @@ def create_reid_model(args: argparse.Namespace, pretrained: bool = False) -> Rei
 
 def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data) -> Dict[str, float]:
     """Train. Returns the metrics after the last epoch, in the first process."""
-    classes = {identity: i for i, identity in enumerate(sorted({s.identity for s in data[TRAIN]}))}
-    if len(classes) * args.images_per_identity < args.batch_size:
+    args.classes = sorted({s.identity for s in data[TRAIN]})
+    if len(args.classes) * args.images_per_identity < args.batch_size:
         raise BadInput(
-            f'{args.data / TRAIN} has {len(classes)} identities, with --images-per-identity {args.images_per_identity} '
-            f'too few for --batch-size {args.batch_size}. Add some, or give a smaller one.')
-    args.num_classes = len(classes)
+            f'{args.data / TRAIN} has {len(args.classes)} identities, too few for --batch-size {args.batch_size} with '
+            f'--images-per-identity {args.images_per_identity}. Add some, or give a smaller --batch-size.')
     random_seed(args.seed)
     model = create_reid_model(args, args.pretrained and not checkpoint)
     collate = partial(load_batch, create_transform(args, model, is_training=True))
-    dataset = [(s.path, classes[s.identity]) for s in data[TRAIN]]
+    dataset = [(s.path, args.classes.index(s.identity)) for s in data[TRAIN]]
     labels, epoch_size = [label for _, label in dataset], max(args.batch_size, len(dataset) // args.world_size)
     miner, triplet_loss = BatchHardMiner(), TripletMarginLoss(margin=0.3)
 
@@ -237,7 +228,7 @@ def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data)
     classifiers = model.backbone.pretrained_cfg['classifier']
     return train(
         args, model, model.backbone, 'adam', args.epochs // 12, dataset, create_sampler, collate, compute_loss,
-        evaluate=lambda: evaluate(model, data, args), images=[path.name for path, _ in dataset], checkpoint=checkpoint,
+        lambda: evaluate(model, data, args), checkpoint,
         last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
 
 

@@ -24,7 +24,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead, _extra_block, _normal_init
 from torchvision.transforms import v2
 from training import add_options, autocast, check_overlap, load_model, start_run, train, write_grid, write_table
-from voc import CLASSES, DataFrame, Sample, Samples, Target, draw, load_batch, read_lines, read_samples, voc_score
+from voc import DataFrame, Sample, Samples, Target, draw, load_batch, read_samples, voc_score
 
 TILE = 400  # width and height in pixels, of the picture of detections
 to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -91,7 +91,7 @@ def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[Li
     labels, scores, boxes = (found[k][high].tolist() for k in ('labels', 'scores', 'boxes'))
     rows = [(args.classes[i - 1], score, *box) for i, score, box in zip(labels, scores, boxes, strict=True)]
     captions = [f'{name} {score:.2f}' for name, score, *_ in rows]
-    return rows, draw(image, boxes, captions, 'yellow', f'nothing above {args.min_score:g}')
+    return rows, draw(image, boxes, captions, 'yellow')
 
 
 def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> None:
@@ -99,7 +99,7 @@ def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace
     tiles, path = [], args.output_dir / 'detections.png'
     for sample in (samples[i] for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()):
         image = read_image(sample.image, upright=False)
-        tiles += [draw(image, sample.boxes, sample.names, 'lime', 'no objects'), detect(model, image, args)[1]]
+        tiles += [draw(image, sample.boxes, sample.names, 'lime'), detect(model, image, args)[1]]
     for tile in tiles:
         tile.thumbnail((TILE - 4, TILE - 4))
     write_grid(path, [tiles[i:i + 4] for i in range(0, len(tiles), 4)], (TILE, TILE))
@@ -108,7 +108,7 @@ def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace
 
 def predict(model: SSD, args: argparse.Namespace) -> None:
     """Draw what is found on each photograph, upright and in its own shape, and write a table of it."""
-    rows, errors = [], []
+    rows, errors, columns = [], [], ['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax']
     for i, photo in enumerate(progress(args.predict, 'Photographs'), 1):
         try:
             found, drawn = detect(model, read_image(photo), args)
@@ -116,9 +116,11 @@ def predict(model: SSD, args: argparse.Namespace) -> None:
             write_grid(args.output_dir / f'{i}_{photo.stem}.png', [[drawn]], drawn.size)
         except BadInput as e:
             errors.append(str(e))
-    columns = ['photo', 'class', 'score', 'xmin', 'ymin', 'xmax', 'ymax']
-    write_table(args.output_dir / 'detections.csv', columns, rows)
-    print(f'Photographs with boxes, and detections.csv: {args.output_dir}')
+    if len(errors) < len(args.predict):
+        write_table(args.output_dir / 'detections.csv', columns, rows)
+        print(
+            f'{len(rows)} objects in {len(args.predict) - len(errors)} photographs: {args.output_dir}. A --min-score '
+            f'below {args.min_score:g} gives more.')
     raise_errors(errors)
 
 
@@ -137,41 +139,30 @@ def export(model: SSD, args: argparse.Namespace) -> None:
 
 def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
     """Paths of the lists to train on, to choose the best checkpoint by, and to test on: of those that are needed."""
-    data = args.data / 'VOCdevkit' if (args.data / 'VOCdevkit').is_dir() else args.data
-    main, years = data / 'ImageSets/Main', [y for y in ('VOC2007', 'VOC2012') if (data / y).is_dir()]
-    if main.is_dir():
-        train_lists = ['trainval' if (main / 'trainval.txt').exists() else 'train']
-        test_list = 'test' if (main / 'test.txt').exists() else 'val'
-    else:
-        train_lists, test_list = [f'{y}/trainval' for y in years], 'VOC2007/test'
-        if not years and not (args.test_list and (args.train_lists or args.evaluate)):
-            raise BadInput(
-                f'{data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
-                f'a folder that has.')
-        if len(years) == 1 and not args.train_lists and not args.evaluate:
-            print(f'{data} has {years[0]} only. The other of VOC2007 and VOC2012 is left out.')
-    names = dict(test=[args.test_list or test_list])
-    if not args.evaluate:
-        names = dict(train=args.train_lists or train_lists, val=[args.val_list], **names)
-    paths = {k: [data / n.removesuffix('.txt') for n in v if n] for k, v in names.items()}
-    return {k: [p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items() if v}
+    main, years = args.data / 'ImageSets/Main', [y for y in ('VOC2007', 'VOC2012') if (args.data / y).is_dir()]
+    if not main.is_dir() and not years:
+        raise BadInput(
+            f'{args.data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
+            f'a folder that has.')
+    train_lists = [f'{y}/trainval' for y in years] or ['trainval' if (main / 'trainval.txt').exists() else 'train']
+    test_list = 'VOC2007/test' if years else 'test' if (main / 'test.txt').exists() else 'val'
+    names = dict(train=args.train_lists or train_lists, val=[args.val_list], test=[args.test_list or test_list])
+    needed = ['test'] if args.evaluate else ['train', 'val', 'test'] if args.val_list else ['train', 'test']
+    paths = {k: [args.data / n.removesuffix('.txt') for n in names[k]] for k in needed}
+    return {k: [p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items()}
 
 
 def read_data(args: argparse.Namespace) -> Samples:
     """Read and check the lists, set `args.classes`, and print how many objects each list has."""
-    lists = find_lists(args)
-    if lists.get('val') == lists['test']:
-        raise BadInput('--val-list must be another list than that to test on: what chooses the best is flattered.')
-    samples = read_samples(lists, args.classes)
+    samples = read_samples(find_lists(args))
     check_overlap(args, {f'the {k} list': [str(i.image.resolve()) for i in s] for k, s in samples.items()})
     counts = {k: Counter(n for i in s for n in i.names) for k, s in samples.items()}
-    known = counts.get('train', args.classes)
-    args.classes = args.classes or (sorted(known) if set(known) - set(CLASSES) else list(CLASSES))
+    args.classes = args.classes or sorted(counts['train'])
+    raise_errors([
+        f'{sample.annotation} has class {name!r}, not one of {", ".join(args.classes)}. Correct the file; or give all '
+        f'classes of all lists to --classes, or leave it out and have all in the training lists.'
+        for found in samples.values() for sample in found for name in sorted(set(sample.names) - set(args.classes))])
     for key, count in counts.items():
-        for name in sorted(set(count) - set(known)):
-            raise BadInput(
-                f'{lists[key][0]} has {count[name]} objects of class {name!r}, and the train list has none. Correct '
-                f'the class, or give other lists.')
         objects = ', '.join(f'{n} {count[n]}' for n in args.classes)
         print(f'{key}: {len(samples[key])} images with {objects}', flush=True)
     return samples
@@ -206,8 +197,7 @@ def train_detector(
 
     train(
         args, model, model, 'momentum', 1, samples['train'], create_sampler, collate, compute_loss, evaluate_epoch,
-        images=[str(s.image.relative_to(args.data)) for s in samples['train']], checkpoint=checkpoint,
-        best_by='map_area' if args.val_list else '',
+        checkpoint, best_by='map_area' if args.val_list else '',
         last_layers=tuple(f'head.classification_head.module_list.{i}.1.' for i in range(6)))
     return model, evaluate(model, samples['test'], args) if args.val_list and args.rank == 0 else score
 
@@ -224,7 +214,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--val-list', metavar='LIST',
         help='list to score epochs on, in place of the test list; the best is kept in best.pth, and tested')
     add('--classes', nargs='+', metavar='NAME',
-        help="names, or one file with one a line (default: VOC's 20, or if there are others, those in training lists)")
+        help='all that the lists have, in the order of labels (default: those in the training lists, sorted)')
     add('--image-size', type=number(int, 32), default=320, metavar='N', help='height and width (default: %(default)s)')
     add('--min-ratio', type=number(float, 0.01, 0.9), default=0.2, metavar='X',
         help='smallest default boxes, as a part of the image; for smaller objects, lower it (default: %(default)s)')
@@ -242,10 +232,6 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if not (args.evaluate if args.predict or args.export else args.data):
         parser.error('DIR is missing; or with --predict and --export a checkpoint, --evaluate FILE')
     checkpoint, score = start_run(args, parser), None
-    if args.classes and len(args.classes) == 1 and Path(args.classes[0]).is_file():
-        args.classes = list(read_lines(Path(args.classes[0])).values())
-    if len(set(args.classes or [])) < len(args.classes or []):
-        raise BadInput(f'--classes has a name twice: {", ".join(args.classes)}. Give each once.')
     samples = None if args.predict or args.export else read_data(args)
     if args.evaluate:
         model = create_detector(args)

@@ -1,7 +1,6 @@
 """The training loop of the training scripts. A run can end at any time, and continue to the result of a whole one."""
 import argparse
 import csv
-import hashlib
 import io
 import itertools
 import math
@@ -36,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser, output: str, epochs: int, batch
     start('--resume', type=Path, metavar='FILE',
         help='continue the run of this last.pth, with the options it had, in a new folder beside its own')
     start('--evaluate', type=Path, metavar='FILE', help='only evaluate the model of this last.pth')
-    start('--init', type=Path, metavar='FILE', help='start from weights of this last.pth, all but those of the classes')
+    start('--init', type=Path, metavar='FILE',
+        help='start a new run from the weights of this last.pth; the last layer is new if the classes are others')
     add_run_options(parser, output, epochs)
     add('--model', default='hbonet_100', metavar='NAME', help='timm model (default: %(default)s)')
     add('--pretrained', action='store_true', help="start from the model's pretrained weights")
@@ -148,29 +148,18 @@ def train(
         collate: Callable[[Sequence], Any],
         compute_loss: Callable[[torch.nn.Module, Any], torch.Tensor],
         evaluate: Callable[[], Dict[str, float]],
-        images: Sequence[str],
         checkpoint: Optional[Dict[str, Any]],
         best_by: str = '',
         last_layers: Tuple[str, ...] = (),
 ) -> Dict[str, float]:
-    """Train, and after each epoch write `last.pth` and `summary.csv` to a new folder.
-
-    If there is a score to choose it by, the model is the best in the end. Returns the last scores.
+    """Train, and after each epoch write `last.pth` and `summary.csv` to a new folder. Returns the last scores.
 
     Args:
-        model: What `compute_loss` is called with, in the form for several processes if there are.
         weights: The part of the model that is saved.
-        create_sampler: Gives the sampler of an epoch. What it draws is seeded by the epoch.
         evaluate: Gives scores. Called in the first process only. Those of a class (name AP) are not printed.
-        images: Names that say which data are trained on.
-        checkpoint: That of `args.resume` or `args.init`.
-        best_by: Name of a score. The epoch that has the highest is kept in `best.pth` too.
-        last_layers: Beginnings of the names of weights that `args.init` leaves out.
-
-    Raises:
-        BadInput: If the checkpoint is of another run, nothing is learned, or a file cannot be written.
+        best_by: Name of a score. The epoch of the highest is kept in `best.pth`, and is the model's in the end.
+        last_layers: Beginnings of the names of weights that `args.init` leaves out if it has other `args.classes`.
     """
-    digest = hashlib.sha256('\n'.join(images).encode()).hexdigest()
     # a last, smaller batch is dropped: one of a single image has no statistics on a map of 1 x 1
     loader = partial(DataLoader, dataset, args.batch_size, collate_fn=collate, num_workers=args.workers, drop_last=True)
     updates = len(loader(sampler=create_sampler(0)))
@@ -186,15 +175,19 @@ def train(
         updates_per_epoch=updates)
     start_epoch, history, scores = 0, [], {}
     if args.init:
-        restore(args.init, checkpoint, weights, own=last_layers)
+        own = last_layers if checkpoint['options']['classes'] != args.classes else ()
+        restore(args.init, checkpoint, weights, own)
     elif checkpoint:
-        if (checkpoint['images'], checkpoint['world_size']) != (digest, args.world_size):
+        had, has = (checkpoint['images'], checkpoint['world_size']), (len(dataset), args.world_size)
+        if had != has:
             raise BadInput(
-                f'{args.resume} is of a run with other images or in {checkpoint["world_size"]} processes, not '
-                f'{args.world_size}. Continue it with the data and the number of processes that it had.')
+                '{} is of a run with {} images in {} processes, not {} in {}. Continue it with the data and the number '
+                'of processes that it had.'.format(args.resume, *had, *has))
         start_epoch, history = checkpoint['epoch'] + 1, checkpoint['history']
         if start_epoch >= args.epochs:
-            raise BadInput(f'{args.resume} has all {args.epochs} epochs. Give it to --evaluate.')
+            raise BadInput(
+                f'{args.resume} has all {args.epochs} epochs. To train longer, start a new run from it, '
+                f'--init {args.resume}. To score it, --evaluate {args.resume}.')
         restore(args.resume, checkpoint, weights, **parts)
     best = max((row[best_by] for row in history if best_by in row), default=-1)
     if args.rank == 0:
@@ -227,17 +220,14 @@ def train(
         if args.distributed:
             dist.all_reduce(mean)
             distribute_bn(model, args.world_size, reduce=True)
-        if mean == 0:
-            raise BadInput(
-                f'The loss of epoch {epoch + 1} is exactly 0: its batches had nothing to learn from. Check the data.')
         if args.rank > 0:
             continue
         seconds = round(time.monotonic() - start, 1)
         scores = evaluate() if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs else {}
         history.append(dict(epoch=epoch + 1, loss=mean.item(), lr=lr, seconds=seconds, **scores))
         state = dict(
-            script=args.script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}, images=digest,
-            world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
+            script=args.script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS},
+            images=len(dataset), world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
             state_dict=weights.state_dict(), **{k: part.state_dict() for k, part in parts.items()})
         torch.save(state, content := io.BytesIO())
         # the layout is that of timm's CheckpointSaver, which deletes the last file before it renames the next
