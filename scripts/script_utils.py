@@ -84,7 +84,7 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:  # each source of models and weights has errors of its own
-        reason = str(e).partition('\nSet ')[0]  # what follows names arguments that a script does not have
+        reason = str(e).partition('\nDownload ')[0]  # what follows names arguments that a script does not have
         known = ', '.join(timm.list_models('hbonet*')) or 'none, timm-hbonet is not installed'
         raise BadInput(
             f'--model {name} cannot be created. {type(e).__name__}: {reason} timm lists models by timm.list_models(), '
