@@ -575,6 +575,12 @@ def test_detector_takes_any_backbone_of_stride_32_and_computes_boxes_in_float32(
     assert boxes[0].dtype == torch.float32 and torch.equal(*boxes)
 
 
+def test_min_ratio_is_the_size_of_the_smallest_default_boxes():
+    args = train_voc.create_parser().parse_args(['--model', 'hbonet_010', '--min-ratio', '0.05', '--device', 'cpu'])
+    args.classes = list(COLORS)
+    assert train_voc.create_detector(args).anchor_generator.scales[0] == 0.05
+
+
 def test_backbone_starts_from_pretrained_weights_and_says_what_to_do_without_any(server, cells, tmp_path):
     features = create_detector(96, pretrained=True).backbone.features
     expected = timm.create_model('hbonet_010', pretrained=True, features_only=True, out_indices=(-2, -1))
