@@ -17,14 +17,15 @@ Runtimes that are not installed are skipped by name. The exit status is 1 if ano
 import argparse
 import random
 import sys
+import time
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Tuple
 
 import numpy as np
 import timm.data
 import torch
 import yaml
-from runtimes import MODES, Candidate
+from runtimes import MODES, describe_error, find_missing
 from script_utils import BadInput, check_interrupt, create_model, number, requirements, run_script, write_file
 from timm.models import load_checkpoint
 from torch import nn
@@ -69,17 +70,20 @@ def create_data(args: argparse.Namespace, network: nn.Module) -> Tuple[DataLoade
     return DataLoader(test, batch_size=64), images
 
 
-def summarize(candidate: Candidate, logits: List[np.ndarray], expected: np.ndarray, labels: np.ndarray) -> Dict:
-    logits = np.concatenate(logits)
-    classes = logits.argmax(1)
-    return {
-        'runtime': candidate.mode,
-        'top1': 100 * (classes == labels).mean(),
-        'agreement': 100 * (classes == expected.argmax(1)).mean(),
-        'error': 100 * np.abs(logits - expected).max() / np.ptp(expected),
-        'bytes': candidate.file_bytes,
-        'median_ms': 1e3 * np.median(candidate.seconds),
-    }
+def compute_logits(
+        mode: str, network: nn.Module, loader: DataLoader, calibration: torch.Tensor,
+) -> Tuple[np.ndarray, float, float]:
+    """Logits of all images, one at a time, milliseconds of one, and bytes of the files."""
+    predict, size = MODES[mode].build(network, calibration[:1], 1, calibration)
+    logits, seconds = [], []
+    for images, _ in tqdm(loader, mode, leave=False):
+        check_interrupt()
+        for image in images.split(1):
+            start = time.perf_counter()
+            found = predict(image)
+            seconds.append(time.perf_counter() - start)
+            logits.append(torch.as_tensor(found).clone())  # runtimes use the memory again
+    return torch.cat(logits).numpy(), 1e3 * np.median(seconds), size
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -115,31 +119,38 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     loader, calibration = create_data(args, network)
     torch.set_num_threads(1)
 
-    candidates = [Candidate(args.model, network, mode) for mode in dict.fromkeys(args.runtimes)]
-    for candidate in tqdm(candidates, 'Exporting', leave=False):
-        check_interrupt()
-        if missing := MODES[candidate.mode].find_missing():
-            tqdm.write(f'score_runtimes.py: skipping {candidate.mode}: needs {", ".join(missing)}', sys.stderr)
-        else:
-            candidate.attempt(candidate.build, calibration[:1], 1, calibration)
-    logits = {candidate.mode: [] for candidate in candidates if candidate.predict}
-    expected, labels = [], []
-    for images, targets in tqdm(loader, 'Scoring', unit='batch'):
+    labels, expected = [], []
+    for images, targets in tqdm(loader, 'PyTorch', leave=False):
         check_interrupt()
         labels.append(targets.numpy())
         expected.append(network(images).numpy())
-        for candidate in candidates:
-            for image in images.split(1) if candidate.predict else ():
-                found = torch.as_tensor(candidate.time(image))
-                logits[candidate.mode].append(found.numpy().copy())  # runtimes use the memory again
-    expected, labels = np.concatenate(expected), np.concatenate(labels)
-    table = pd.DataFrame([summarize(c, logits[c.mode], expected, labels) for c in candidates if c.predict])
-    args.output.mkdir(parents=True, exist_ok=True)
+    labels, expected = np.concatenate(labels), np.concatenate(expected)
+    rows, failures = [], []
+    for mode in dict.fromkeys(args.runtimes):
+        if missing := find_missing(MODES[mode]):
+            print(f'score_runtimes.py: skipping {mode}: needs {", ".join(missing)}', file=sys.stderr)
+            continue
+        try:
+            logits, milliseconds, size = compute_logits(mode, network, loader, calibration)
+        except Exception as e:  # each runtime has errors of its own
+            failures.append(f'{mode} failed: {describe_error(e)}')
+            continue
+        classes = logits.argmax(1)
+        rows.append({
+            'runtime': mode,
+            'top1': 100 * (classes == labels).mean(),
+            'agreement': 100 * (classes == expected.argmax(1)).mean(),
+            'error': 100 * np.abs(logits - expected).max() / np.ptp(expected),
+            'bytes': size,
+            'median_ms': milliseconds,
+        })
+    table = pd.DataFrame(rows, columns=['runtime', 'top1', 'agreement', 'error', 'bytes', 'median_ms'])
     text = table.to_markdown(index=False, floatfmt=('', '.2f', '.2f', '.2f', '.0f', '.2f'))
+    args.output.mkdir(parents=True, exist_ok=True)
     write_file(args.output / 'runtimes.csv', table.to_csv(index=False, float_format='%.4f').encode())
     write_file(args.output / 'runtimes.md', f'{text}\n'.encode())
     print(text)
-    if failures := [f'{c.mode} failed: {c.error}' for c in candidates if c.error]:
+    if failures:
         raise BadInput('; '.join(failures))
 
 

@@ -5,7 +5,6 @@ No test depends on how fast anything is, or on how a runtime rounds.
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import shutil
 import subprocess
@@ -16,12 +15,12 @@ import pytest
 import reference
 import timm
 import torch
-from networks import count_convs
 from PIL import Image
 from script_runner import error_line, run_script
 from timm.utils import reparameterize_model
 from torch import nn
 
+benchmark, runtimes = map(importlib.import_module, ('benchmark', 'runtimes'))
 SMALL = ['--models', 'hbonet_010', '--modes', 'eager', '--batch-sizes', 1, '--rounds', 1, '--threads', 1, '--no-growth']
 # plays the authors' file, with weights that are not those of seed 0
 REFERENCE = '''
@@ -39,26 +38,13 @@ def run(*args):
     return run_script('benchmark.py', *args)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def benchmark():
-    benchmark = importlib.import_module('benchmark')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(benchmark.MATMUL_SIZE, 'cpu', 64)
-        yield benchmark
-
-
 @pytest.fixture(scope='module')
-def runtimes(benchmark):
-    return sys.modules['runtimes']
-
-
-@pytest.fixture(scope='module')
-def network(benchmark):
+def network():
     return benchmark.create_network(lambda: timm.create_model('hbonet_010'))
 
 
 @pytest.fixture
-def small(benchmark, network, monkeypatch):
+def small(network, monkeypatch):
     """Options of a run of this network."""
     monkeypatch.setattr(benchmark, 'create_network', lambda create: network)
     return SMALL
@@ -92,8 +78,7 @@ def test_every_network_is_timed_in_every_mode(output):
     modes = {'eager': 2, 'reparam': 2, 'train': 3}
     models = ('hbonet_010', 'mobilenetv3_small_050', 'authors_010')
     assert {(row.model, row.mode, row.batch_size) for row in rows.itertuples()} == {
-        *((model, mode, n) for model in models for mode, n in modes.items()),
-        ('matmul', 'float32', 2), ('matmul', 'float32', 3)}
+        (model, mode, n) for model in models for mode, n in modes.items()}
     assert (rows['lower_quartile_ms'] <= rows['median_ms']).all()
     assert (rows['median_ms'] <= rows['upper_quartile_ms']).all()
 
@@ -108,16 +93,6 @@ def test_machine_and_settings_are_kept_without_paths(output):
     for flag in ('avx2', 'avx512_f', 'amx_tile'):
         assert (flag in machine['flags']) == capabilities.get(flag, False)
     assert report['top1'] == {'hbonet_010.in1k': 41.5}
-
-
-def test_flops_are_twice_the_multiply_adds_of_the_release(output):
-    macs = next(entry['macs'] for entry in reference.CHECKPOINTS if entry['model'] == 'hbonet_010.in1k')
-    for row in read_rows(output).itertuples():
-        gflops = row.gflops_per_second * row.median_ms / 1e3
-        if row.model == 'matmul':
-            assert gflops == pytest.approx(2 * 64 ** 3 / 1e9)
-        elif row.model != 'mobilenetv3_small_050':
-            assert gflops == pytest.approx(2 * macs * row.batch_size * (3 if row.mode == 'train' else 1) / 1e9)
 
 
 def test_files_of_a_run(output):
@@ -140,20 +115,20 @@ def square(x):
     (chain, 1000 + 1000),  # input and output of the second layer, the input of the first was there before
     (square, 1000 + 1 + 1 + 1000 + 1000),  # x, sum, its gradient, and that of x by each factor; nothing keeps x * x
 ])
-def test_peak_memory_of_toys(benchmark, function, floats):
+def test_peak_memory_of_toys(function, floats):
     x = torch.ones(1000)
-    assert benchmark.measure_peak_memory(lambda: function(x), 'cpu') == 4 * floats
+    assert benchmark.measure_peak_memory(lambda: function(x)) == 4 * floats
 
 
-def find_mode(runtimes, name):
-    if missing := runtimes.MODES[name].find_missing():
+def find_mode(name):
+    if missing := runtimes.find_missing(runtimes.MODES[name]):
         pytest.skip(f"{', '.join(missing)} not installed. Run: pip install -e '.[mobile]'")
     return runtimes.MODES[name]
 
 
 @pytest.mark.parametrize('name', ['onnxruntime', 'openvino', 'executorch', 'litert', 'ncnn', 'mnn'])
-def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(runtimes, network, capfd, name):
-    mode = find_mode(runtimes, name)
+def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(network, capfd, name):
+    mode = find_mode(name)
     images = torch.randn(2, 3, 32, 64)
     predict, size = mode.build(network, images, 1, images)
     printed = capfd.readouterr()
@@ -168,69 +143,64 @@ def test_a_runtime_computes_what_pytorch_does_and_prints_nothing(runtimes, netwo
         assert portable_lib._threadpool_get_thread_count() == 1
 
 
-@pytest.mark.parametrize('name', ['onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8'])
-def test_int8_is_calibrated_with_the_images_that_are_for_it(runtimes, network, name):
-    """What is outside of their range is cut off, so that it makes no difference how far."""
-    mode = find_mode(runtimes, name)
+class Positive(nn.Module):
+    """No products that cancel out: a tensor in int8 adds at most 1 % of the largest logit to the error."""
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 3, stride=2)
+        self.classifier = nn.Linear(64, 1000)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.abs_()
+
+    def forward(self, x):
+        return self.classifier(self.conv(x).relu().mean((2, 3)))
+
+
+INT8 = ['onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8', 'mnn_int8_weights']
+
+
+@pytest.mark.parametrize('name', INT8)
+def test_int8_is_calibrated_with_the_images_that_are_for_it(name):
+    mode = find_mode(name)
     torch.manual_seed(0)
-    calibration = torch.randn(2, 3, 32, 32).clamp(-2, 2)
-    signs = calibration.sign()
-    predict, size = mode.build(network, 10 * signs, 1, calibration)
-    logits = {factor: torch.as_tensor(predict(factor * signs)).clone() for factor in (0.5, 1, 3, 6)}
-    assert torch.equal(logits[3], logits[6]) and not torch.equal(logits[0.5], logits[1])
-    with torch.no_grad():
-        similarity = nn.functional.cosine_similarity(torch.as_tensor(predict(calibration)), network(calibration))
-    assert (similarity > 0.9).all()  # at least 0.99 was seen
+    network, calibration = Positive().eval().requires_grad_(False), 2 * torch.rand(2, 3, 32, 32)
+    calibration[:, :, 0, 0], calibration[:, :, -1, -1] = 0, 2  # the range
+    predict, size = mode.build(network, torch.randn(2, 3, 32, 32), 1, calibration)
+    logits = {factor: torch.as_tensor(predict(factor * calibration)).clone() for factor in (0.5, 1)}
+    for factor, found in logits.items():
+        runtimes.check_logits(found, network(factor * calibration), 0.1)
     assert size < 0.5 * sum(4 * p.numel() for p in network.parameters())
+    if mode.calibrated:  # what is outside of their range is cut off, so that it makes no difference how far
+        far = [torch.as_tensor(predict(factor * (calibration > 1) + 0.)).clone() for factor in (6, 60)]
+        assert torch.equal(*far)
 
 
-def test_mnn_with_weights_in_int8(runtimes, network):
-    images = torch.randn(1, 3, 32, 32)
-    predict, size = find_mode(runtimes, 'mnn_int8_weights').build(network, images, 1, images)
-    with torch.no_grad():
-        assert nn.functional.cosine_similarity(torch.as_tensor(predict(images)), network(images)) > 0.9
-    assert size < 0.5 * sum(4 * p.numel() for p in network.parameters())
-
-
-def test_weights_have_seven_bits_where_eight_would_overflow_without_vnni(runtimes, network):
+def test_weights_have_seven_bits_where_eight_would_overflow_without_vnni(tmp_path):
     import onnx
     import openvino
-    images = torch.randn(1, 3, 32, 32)
-    find_mode(runtimes, 'onnxruntime_int8')
-    model = onnx.load_from_string(runtimes.export_onnxruntime_int8(network, images, images)[0])
+    network, images = Positive().eval().requires_grad_(False), torch.rand(1, 3, 32, 32)
+    find_mode('onnxruntime_int8')
+    model = onnx.load(runtimes.export_onnxruntime_int8(network, images, tmp_path, images)[0])
     arrays = {'onnxruntime': [onnx.numpy_helper.to_array(i) for i in model.graph.initializer]}
-    if not runtimes.MODES['openvino_int8'].find_missing():
-        files = runtimes.export_openvino_int8(network, images, images)
+    if not runtimes.find_missing(runtimes.MODES['openvino_int8']):
+        path, _ = runtimes.export_openvino_int8(network, images, tmp_path, images)
         arrays['openvino'] = [
-            op.data for op in openvino.Core().read_model(*map(io.BytesIO, files)).get_ops()
-            if op.get_type_name() == 'Constant']
+            op.data for op in openvino.Core().read_model(path).get_ops() if op.get_type_name() == 'Constant']
     for name, found in arrays.items():
         weights = [array for array in found if array.dtype == 'int8' and array.ndim == 4]
         # a sum of two products with activations of up to 255 stays below 2 ** 15
         assert weights and max(abs(array.astype(int)).max() for array in weights) <= 64, name
 
 
-def test_too_few_images_to_calibrate_with_are_named(runtimes, network):
-    images = torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match='1 images to calibrate with are no batch of 2'):
-        find_mode(runtimes, 'onnxruntime_int8').build(network, images, 1, images[:1])
-
-
-def test_mnn_quantizes_for_1_or_3_channels(runtimes):
-    mode, network = find_mode(runtimes, 'mnn_int8'), timm.create_model('hbonet_010', in_chans=2)
-    images = torch.randn(1, 2, 32, 32)
-    with pytest.raises(ValueError, match='images of 1 or 3 channels, got 2'):
-        mode.build(network.eval(), images, 1, images)
-
-
-def test_the_profile_of_onnx_runtime_counts_the_nodes(small, network, tmp_path):
-    status, _, stderr = run(tmp_path, *small, '--modes', 'onnxruntime')
-    assert status == 0, stderr
-    profile = json.loads((tmp_path / 'benchmark.json').read_text())['profiles']['batch size 1']['hbonet_010']
-    convs = count_convs(reparameterize_model(network))
-    assert profile['Conv'][0] == convs and profile['Gemm'][:2] == [1, 1]
-    assert sum(optimized for name, (_, optimized, _) in profile.items() if 'Conv' in name) == convs
-    assert all(ms > 0 for _, optimized, ms in profile.values() if optimized)
+@pytest.mark.parametrize('name, shape, message', [
+    ('onnxruntime_int8', (2, 3, 32, 32), '1 images to calibrate with are no batch of 2'),
+    ('mnn_int8', (1, 2, 32, 32), "MNN's quantizer takes images of 1 or 3 channels, got 2"),
+])
+def test_images_that_cannot_calibrate(capfd, name, shape, message):
+    images = torch.randn(shape)
+    with pytest.raises(ValueError, match=message):
+        find_mode(name).build(timm.create_model('hbonet_010', in_chans=shape[1]).eval(), images, 1, images[:1])
 
 
 @pytest.mark.parametrize('change, message', [
@@ -240,17 +210,23 @@ def test_the_profile_of_onnx_runtime_counts_the_nodes(small, network, tmp_path):
     (lambda logits: logits[:, 1:], 'Logits of shape (1, 999), expected (1, 1000)'),
 ])
 def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
-        runtimes, small, network, monkeypatch, tmp_path, change, message):
+        small, network, monkeypatch, tmp_path, change, message):
+    def export(network, images, folder):
+        files = folder / 'one', folder / 'two'
+        for path, content in zip(files, (b'12', b'345'), strict=True):
+            path.write_bytes(content)
+        (folder / 'another').touch()
+        return files
+
     def load(files, threads):
-        assert files == [b'12', b'345'] and threads == 1
+        assert [path.read_bytes() for path in files] == [b'12', b'345'] and threads == 1
         return torch.no_grad()(lambda images: change(network(images)))
 
-    mode = runtimes.exported(lambda network, images: [b'12', b'345'], load, 'torch')
-    monkeypatch.setitem(runtimes.MODES, 'ncnn', mode)
+    monkeypatch.setitem(runtimes.MODES, 'ncnn', runtimes.Runtime(export, load, ('torch',)))
     status, _, stderr = run(tmp_path, *small, '--modes', 'ncnn', 'eager')
     rows = read_rows(tmp_path).set_index('mode')
     if message:
-        assert status == 1 and error_line(stderr).startswith('benchmark.py: error: 1 of 3 failed, see the end of ')
+        assert status == 1 and error_line(stderr).startswith('benchmark.py: error: 1 of 2 failed, see the end of ')
         assert rows['error'].dropna().to_dict() == {'ncnn': f'ValueError: {message}'}
         assert pd.isna(rows['median_ms']['ncnn']) and rows['median_ms']['eager'] > 0  # the others go on
         assert f'hbonet_010, ncnn, batch size 1: ValueError: {message}' in (tmp_path / 'benchmark.md').read_text()
@@ -258,7 +234,7 @@ def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
         assert status == 0 and rows['file_bytes']['ncnn'] == 5 and rows['median_ms']['ncnn'] > 0
 
 
-def test_what_a_library_prints_is_shown_only_if_it_fails(runtimes, capfd):
+def test_what_a_library_prints_is_shown_only_if_it_fails(capfd):
     def chatter():
         subprocess.run([sys.executable, '-c', 'import os; os.write(1, b"note "); os.write(2, b"warning ")'], check=True)
         print('line')
@@ -274,7 +250,7 @@ def test_what_a_library_prints_is_shown_only_if_it_fails(runtimes, capfd):
     assert capfd.readouterr() == ('after\n', 'note warning line\n')
 
 
-def test_growth_is_timed_by_batch_and_image_size(benchmark, small, monkeypatch, tmp_path):
+def test_growth_is_timed_by_batch_and_image_size(small, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, 'GROWTH_MODELS', ('hbonet_010',))
     monkeypatch.setattr(benchmark, 'GROWTH_SHAPES', ((2, 64), (1, 32)))
     assert run(tmp_path, *small, '--growth')[0] == 0
@@ -294,15 +270,15 @@ def test_a_runtime_that_is_not_installed_is_skipped_by_name(small, monkeypatch, 
     status, _, stderr = run(tmp_path / 'output', *small, '--modes', mode, 'eager')
     message = f'{mode}: needs {package}. Run: pip install {package}'
     assert status == 0 and message in stderr
-    assert set(read_rows(tmp_path / 'output')['mode']) == {'float32', 'eager'}
+    assert set(read_rows(tmp_path / 'output')['mode']) == {'eager'}
     assert message in (tmp_path / 'output' / 'benchmark.md').read_text()
 
 
-def test_an_interrupted_run_leaves_nothing(runtimes, small, monkeypatch, tmp_path):
-    def interrupt():
+def test_an_interrupted_run_leaves_nothing(small, monkeypatch, tmp_path):
+    def interrupt(images):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtimes, 'timer', interrupt)  # as the first call is timed
+    monkeypatch.setattr(benchmark.Candidate, 'measure', interrupt)
     status, _, stderr = run(tmp_path, *small)
     assert status == 130 and error_line(stderr).endswith('benchmark.py: interrupted.')
     assert not list(tmp_path.iterdir())
@@ -312,12 +288,10 @@ def test_an_interrupted_run_leaves_nothing(runtimes, small, monkeypatch, tmp_pat
     (['--models', 'hbonet_42'], 1, '--models hbonet_42 cannot run on images of 224 x 224. RuntimeError: Unknown model'),
     (['--models', 'deit3_small_patch16_384'], 1, '--models deit3_small_patch16_384 cannot run on images of 224 x 224'),
     (['--modes', 'warp'], 2, "argument --modes: invalid choice: 'warp'"),
-    (['--modes', 'eager_amp'], 1, '--modes eager_amp is not for --device cpu, which has eager, channels_last, '),
     (['--batch-sizes', '1', '0'], 2, "argument --batch-sizes: must be a whole number of at least 1, got '0'"),
     (['--rounds', '0'], 2, "argument --rounds: must be a whole number of at least 1, got '0'"),
     (['--reference', 'nowhere.py'], 1, '--reference nowhere.py is not the code of hbonet_010, '),
     (['--reference', __file__, '--models', 'lcnet_050'], 1, '--reference is compared with hbonet_100 and its other '),
-    (['--device', 'cuda:99'], 2, "argument --device: 'cuda:99' cannot be used"),
 ])
 def test_arguments_that_make_no_sense(tmp_path, args, status, message):
     found, _, stderr = run(tmp_path / 'output', *SMALL, *args)
@@ -348,8 +322,9 @@ def test_a_folder_that_cannot_be_written(small, tmp_path):
 
 
 def test_the_report_of_given_numbers(tmp_path):
+    """Of a version that timed a matrix product too, which the report leaves out."""
     shutil.copy(reference.DATA / 'benchmark.json', tmp_path)
-    status, stdout, stderr = run_script('benchmark_report.py', tmp_path)
+    status, stdout, stderr = run(tmp_path, '--report')
     assert status == 0, stderr
     text = (tmp_path / 'benchmark.md').read_text()
     assert stdout == text + '\n'
@@ -363,18 +338,13 @@ def test_the_report_of_given_numbers(tmp_path):
             ['hbonet_050', 'mobilenetv3_large_100', '1.200', '2.000'],
             ['hbonet_050_d8', 'mobilenetv3_large_100', '1.120', ''],
             ['hbonet_100', 'authors_100', '0.909'],  # of training
-            ['mobilenetv2_100', '7.5%', '25.0%'],  # of the matrix product's 400 GFLOP/s
-            ['hbonet_100', '10.0%'],  # and 500 beside training
             ['hbonet_100', '3.0'],
             ['hbonet_100', '200.0'],
             ['hbonet_100', '20.15'],
             ['mobilenetv2_100', '14.02'],
-            # all, outside convolutions, by type
-            ['hbonet_100', '4.75', '0.75', '76 / 70 / 3.50', '4 / 4 / 0.25', '0 / 6 / 0.50', '0 / 9 / 0.50'],
-            ['mobilenetv2_100', '3.00', '0.00', '52 / 52 / 3.00', '', '', ''],
     ):
         assert line in lines
-    assert 'hbonet_050_d8, onnxruntime, batch size 1: RuntimeError: no luck' in text
+    assert 'hbonet_050_d8, onnxruntime, batch size 1: RuntimeError: no luck' in text and 'matmul' not in text
     for name in ('Processor X', 'AVX2', 'fma3', 'timm 1.0.31', 'openvino: needs openvino'):
         assert name in text
     for name in ('accuracy_latency.png', 'growth.png'):
@@ -383,15 +353,14 @@ def test_the_report_of_given_numbers(tmp_path):
 
 
 def test_the_pictures_show_the_figures():
-    report = importlib.import_module('benchmark_report')
     figures = json.loads((reference.DATA / 'benchmark.json').read_text())
     rows = pd.DataFrame(**figures['results'])
-    axes, = report.draw_accuracy(rows[rows['mode'] == 'onnxruntime'], figures['top1']).axes
+    axes, = benchmark.draw_accuracy(rows[rows['mode'] == 'onnxruntime'], figures['top1']).axes
     points = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert points['hbonet'] == [[4., 67.], [5., 73.1]]
     assert points['mobilenetv2_100'] == [[4., 72.91]] and points['mobilenetv3_large_100'] == [[2., 75.784]]
     assert [text.get_text() for text in axes.texts] == ['050', '100']
-    by_batch, by_size, memory, _ = report.draw_growth(rows[rows['part'] == 'growth']).axes
+    by_batch, by_size, memory, _ = benchmark.draw_growth(rows[rows['part'] == 'growth']).axes
     for axes, points in ((by_batch, [[1., 10.], [2., 20.]]), (by_size, [[96., 10 * 96 / 224], [224., 10.]])):
         assert axes.get_lines()[0].get_label() == 'hbonet_100'
         assert axes.get_lines()[0].get_xydata() == pytest.approx(torch.tensor(points).numpy())
@@ -402,6 +371,6 @@ def test_the_pictures_show_the_figures():
 def test_a_report_of_no_benchmark(tmp_path, content):
     if content:
         (tmp_path / 'benchmark.json').write_text(content)
-    status, _, stderr = run_script('benchmark_report.py', tmp_path)
+    status, _, stderr = run(tmp_path, '--report')
     assert status == 1 and f'{tmp_path / "benchmark.json"} is not what benchmark.py writes. ' in error_line(stderr)
     assert len(list(tmp_path.iterdir())) == bool(content)
