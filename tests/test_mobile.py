@@ -193,7 +193,8 @@ def test_int8(folder):
     # the input's 256 values span the images to calibrate with
     to_int8 = next(n for n in page['program'].graph.nodes if 'quantize_per_tensor' in str(n.target))
     tensor = next(
-        t for t in page['interpreter'].get_tensor_details() if t['dtype'] == np.int8 and t['shape'][-1] == 32)
+        t for t in page['interpreter'].get_tensor_details()
+        if t['dtype'] == np.int8 and tuple(t['shape']) == page['image'].shape)
     fake = next(op for op in page['network'].get_ordered_ops() if op.get_type_name() == 'FakeQuantize')
     low, high = (fake.input_value(i).get_node().data.item() for i in (1, 2))
     span = (calibration_images.max() - calibration_images.min()).item()
