@@ -215,7 +215,7 @@ def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
         files = folder / 'one', folder / 'two'
         for path, content in zip(files, (b'12', b'345'), strict=True):
             path.write_bytes(content)
-        (folder / 'another').touch()
+        (folder / 'another').write_bytes(b'6')
         return files
 
     def load(files, threads):
