@@ -228,7 +228,7 @@ def train_reid(args: argparse.Namespace, checkpoint: Optional[Dict], data: Data)
     classifiers = model.backbone.pretrained_cfg['classifier']
     return train(
         args, model, model.backbone, 'adam', args.epochs // 12, dataset, create_sampler, collate, compute_loss,
-        lambda: evaluate(model, data, args), checkpoint,
+        lambda: evaluate(model, data, args), [path.name for path, _ in dataset], checkpoint,
         last_layers=(classifiers,) if isinstance(classifiers, str) else classifiers)
 
 

@@ -7,8 +7,9 @@ Runs on a GPU if there is one, and in several processes with torchrun. See docs/
 import argparse
 import io
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -24,7 +25,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead, _extra_block, _normal_init
 from torchvision.transforms import v2
 from training import add_options, autocast, check_overlap, load_model, start_run, train, write_grid, write_table
-from voc import DataFrame, Sample, Samples, Target, draw, load_batch, read_samples, voc_score
+from voc import CLASSES, DataFrame, Sample, Samples, Target, draw, load_batch, read_lines, read_samples, voc_score
 
 TILE = 400  # width and height in pixels, of the picture of detections
 to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -91,7 +92,7 @@ def detect(model: SSD, image: Image.Image, args: argparse.Namespace) -> Tuple[Li
     labels, scores, boxes = (found[k][high].tolist() for k in ('labels', 'scores', 'boxes'))
     rows = [(args.classes[i - 1], score, *box) for i, score, box in zip(labels, scores, boxes, strict=True)]
     captions = [f'{name} {score:.2f}' for name, score, *_ in rows]
-    return rows, draw(image, boxes, captions, 'yellow')
+    return rows, draw(image, boxes, captions, 'yellow', f'nothing above {args.min_score:g}')
 
 
 def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace) -> None:
@@ -99,7 +100,7 @@ def draw_samples(model: SSD, samples: Sequence[Sample], args: argparse.Namespace
     tiles, path = [], args.output_dir / 'detections.png'
     for sample in (samples[i] for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()):
         image = read_image(sample.image, upright=False)
-        tiles += [draw(image, sample.boxes, sample.names, 'lime'), detect(model, image, args)[1]]
+        tiles += [draw(image, sample.boxes, sample.names, 'lime', 'no objects'), detect(model, image, args)[1]]
     for tile in tiles:
         tile.thumbnail((TILE - 4, TILE - 4))
     write_grid(path, [tiles[i:i + 4] for i in range(0, len(tiles), 4)], (TILE, TILE))
@@ -139,16 +140,22 @@ def export(model: SSD, args: argparse.Namespace) -> None:
 
 def find_lists(args: argparse.Namespace) -> Dict[str, List[Path]]:
     """Paths of the lists to train on, to choose the best checkpoint by, and to test on: of those that are needed."""
-    main, years = args.data / 'ImageSets/Main', [y for y in ('VOC2007', 'VOC2012') if (args.data / y).is_dir()]
+    data = args.data / 'VOCdevkit' if (args.data / 'VOCdevkit').is_dir() else args.data
+    main, years = data / 'ImageSets/Main', [y for y in ('VOC2007', 'VOC2012') if (data / y).is_dir()]
     if not main.is_dir() and not years:
         raise BadInput(
-            f'{args.data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give '
-            f'a folder that has.')
-    train_lists = [f'{y}/trainval' for y in years] or ['trainval' if (main / 'trainval.txt').exists() else 'train']
-    test_list = 'VOC2007/test' if years else 'test' if (main / 'test.txt').exists() else 'val'
+            f'{data} has no ImageSets/Main, as a data set has, and no VOC2007 or VOC2012, as VOCdevkit has. Give a '
+            f'folder that has.')
+    if main.is_dir():
+        train_lists = ['trainval' if (main / 'trainval.txt').exists() else 'train']
+        test_list = 'test' if (main / 'test.txt').exists() else 'val'
+    else:
+        train_lists, test_list = [f'{y}/trainval' for y in years], 'VOC2007/test'
+        if len(years) == 1 and not args.train_lists and not args.evaluate:
+            print(f'{data} has {years[0]} only. The other of VOC2007 and VOC2012 is left out.')
     names = dict(train=args.train_lists or train_lists, val=[args.val_list], test=[args.test_list or test_list])
     needed = ['test'] if args.evaluate else ['train', 'val', 'test'] if args.val_list else ['train', 'test']
-    paths = {k: [args.data / n.removesuffix('.txt') for n in names[k]] for k in needed}
+    paths = {k: [data / n.removesuffix('.txt') for n in names[k]] for k in needed}
     return {k: [p.parent / 'ImageSets/Main' / f'{p.name}.txt' for p in v] for k, v in paths.items()}
 
 
@@ -157,11 +164,16 @@ def read_data(args: argparse.Namespace) -> Samples:
     samples = read_samples(find_lists(args))
     check_overlap(args, {f'the {k} list': [str(i.image.resolve()) for i in s] for k, s in samples.items()})
     counts = {k: Counter(n for i in s for n in i.names) for k, s in samples.items()}
-    args.classes = args.classes or sorted(counts['train'])
+    if not args.classes:
+        args.classes = sorted(counts['train']) if set(counts['train']) - set(CLASSES) else list(CLASSES)
+    unknown = defaultdict(list)
+    for sample in chain(*samples.values()):
+        for name in set(sample.names) - set(args.classes):
+            unknown[name].append(sample.annotation)
     raise_errors([
-        f'{sample.annotation} has class {name!r}, not one of {", ".join(args.classes)}. Correct the file; or give all '
-        f'classes of all lists to --classes, or leave it out and have all in the training lists.'
-        for found in samples.values() for sample in found for name in sorted(set(sample.names) - set(args.classes))])
+        f'{paths[0]}{f" and {len(paths) - 1} others" * (len(paths) > 1)} with class {name!r}, not one of '
+        f'{", ".join(args.classes)}. Correct the class, or give all classes of all lists to --classes, or leave that '
+        f'out and have all in the training lists.' for name, paths in sorted(unknown.items())])
     for key, count in counts.items():
         objects = ', '.join(f'{n} {count[n]}' for n in args.classes)
         print(f'{key}: {len(samples[key])} images with {objects}', flush=True)
@@ -197,7 +209,8 @@ def train_detector(
 
     train(
         args, model, model, 'momentum', 1, samples['train'], create_sampler, collate, compute_loss, evaluate_epoch,
-        checkpoint, best_by='map_area' if args.val_list else '',
+        [str(s.image.relative_to(args.data)) for s in samples['train']], checkpoint,
+        best_by='map_area' if args.val_list else '',
         last_layers=tuple(f'head.classification_head.module_list.{i}.1.' for i in range(6)))
     return model, evaluate(model, samples['test'], args) if args.val_list and args.rank == 0 else score
 
@@ -214,7 +227,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--val-list', metavar='LIST',
         help='list to score epochs on, in place of the test list; the best is kept in best.pth, and tested')
     add('--classes', nargs='+', metavar='NAME',
-        help='all that the lists have, in the order of labels (default: those in the training lists, sorted)')
+        help='all that the lists have, or one file with one a line, in the order of labels '
+             "(default: VOC's 20, or if there are others, those in the training lists, sorted)")
     add('--image-size', type=number(int, 32), default=320, metavar='N', help='height and width (default: %(default)s)')
     add('--min-ratio', type=number(float, 0.01, 0.9), default=0.2, metavar='X',
         help='smallest default boxes, as a part of the image; for smaller objects, lower it (default: %(default)s)')
@@ -232,6 +246,10 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if not (args.evaluate if args.predict or args.export else args.data):
         parser.error('DIR is missing; or with --predict and --export a checkpoint, --evaluate FILE')
     checkpoint, score = start_run(args, parser), None
+    if args.classes and len(args.classes) == 1 and Path(args.classes[0]).is_file():
+        args.classes = list(read_lines(Path(args.classes[0])).values())
+    if len(set(args.classes or [])) < len(args.classes or []):
+        raise BadInput(f'--classes has a name twice: {", ".join(args.classes)}. Give each once.')
     samples = None if args.predict or args.export else read_data(args)
     if args.evaluate:
         model = create_detector(args)

@@ -1,6 +1,7 @@
 """The training loop of the training scripts. A run can end at any time, and continue to the result of a whole one."""
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import math
@@ -148,6 +149,7 @@ def train(
         collate: Callable[[Sequence], Any],
         compute_loss: Callable[[torch.nn.Module, Any], torch.Tensor],
         evaluate: Callable[[], Dict[str, float]],
+        images: Sequence[str],
         checkpoint: Optional[Dict[str, Any]],
         best_by: str = '',
         last_layers: Tuple[str, ...] = (),
@@ -157,9 +159,11 @@ def train(
     Args:
         weights: The part of the model that is saved.
         evaluate: Gives scores. Called in the first process only. Those of a class (name AP) are not printed.
+        images: Names that say which data are trained on.
         best_by: Name of a score. The epoch of the highest is kept in `best.pth`, and is the model's in the end.
         last_layers: Beginnings of the names of weights that `args.init` leaves out if it has other `args.classes`.
     """
+    digest = hashlib.sha256('\n'.join(images).encode()).hexdigest()
     # a last, smaller batch is dropped: one of a single image has no statistics on a map of 1 x 1
     loader = partial(DataLoader, dataset, args.batch_size, collate_fn=collate, num_workers=args.workers, drop_last=True)
     updates = len(loader(sampler=create_sampler(0)))
@@ -178,11 +182,10 @@ def train(
         own = last_layers if checkpoint['options']['classes'] != args.classes else ()
         restore(args.init, checkpoint, weights, own)
     elif checkpoint:
-        had, has = (checkpoint['images'], checkpoint['world_size']), (len(dataset), args.world_size)
-        if had != has:
+        if (checkpoint['images'], checkpoint['world_size']) != (digest, args.world_size):
             raise BadInput(
-                '{} is of a run with {} images in {} processes, not {} in {}. Continue it with the data and the number '
-                'of processes that it had.'.format(args.resume, *had, *has))
+                f'{args.resume} is of a run with other images or in {checkpoint["world_size"]} processes, not '
+                f'{args.world_size}. Continue it with the data and the number of processes that it had.')
         start_epoch, history = checkpoint['epoch'] + 1, checkpoint['history']
         if start_epoch >= args.epochs:
             raise BadInput(
@@ -220,6 +223,9 @@ def train(
         if args.distributed:
             dist.all_reduce(mean)
             distribute_bn(model, args.world_size, reduce=True)
+        if mean == 0:
+            raise BadInput(
+                f'The loss of epoch {epoch + 1} is exactly 0: its batches had nothing to learn from. Check the data.')
         if args.rank > 0:
             continue
         seconds = round(time.monotonic() - start, 1)
@@ -227,7 +233,7 @@ def train(
         history.append(dict(epoch=epoch + 1, loss=mean.item(), lr=lr, seconds=seconds, **scores))
         state = dict(
             script=args.script, options={k: v for k, v in vars(args).items() if k not in FREE_OPTIONS},
-            images=len(dataset), world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
+            images=digest, world_size=args.world_size, history=history, epoch=epoch, version=2, arch=args.model,
             state_dict=weights.state_dict(), **{k: part.state_dict() for k, part in parts.items()})
         torch.save(state, content := io.BytesIO())
         # the layout is that of timm's CheckpointSaver, which deletes the last file before it renames the next

@@ -1,5 +1,5 @@
 """Data sets in the layout of PASCAL VOC, their pictures and scores."""
-import math
+import codecs
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, ParseError, fromstring
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from script_utils import BadInput, progress, raise_errors, read_image, requirements
 from torchvision.ops import box_iou
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -21,7 +21,11 @@ with requirements():
     from pandas import DataFrame
     from torchmetrics.detection import MeanAveragePrecision
 
-EXTENSION = re.compile(r'\.(jpe?g|png)$', re.IGNORECASE)
+CLASSES = (
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
+    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+NAME = re.compile(r'(.*?)(\.jpe?g|\.png)?', re.IGNORECASE | re.DOTALL)
+NUMBER = re.compile(r'[-+]?(\d{1,9}\.?\d*|\.\d+)(e[-+]?\d\d?)?', re.ASCII | re.IGNORECASE)  # float() takes 1_0 as 10
 FONT = f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf'
 
 Target = Dict[str, torch.Tensor]
@@ -57,25 +61,21 @@ def read_samples(lists: Dict[str, List[Path]]) -> Samples:
     Raises:
         BadInput: If files are missing, unreadable or wrong. 20 are named.
     """
-    samples, errors = {k: [] for k in lists}, []
+    samples, known, errors = {k: [] for k in lists}, {}, []
     for key, path in ((k, p) for k, paths in lists.items() for p in paths):
-        folder, images = path.parents[2] / 'JPEGImages', defaultdict(list)  # by name with and without extension
-        for image in sorted(p for p in folder.rglob('*') if EXTENSION.search(p.name)):
-            name = image.relative_to(folder).as_posix()
-            images[name].append(image)
-            images[EXTENSION.sub('', name)].append(image)
-        for line, text in progress(read_lines(path).items(), f'{path.parents[2].name} {path.stem}'):
-            found = images.get(text) or images[EXTENSION.sub('', text)]
-            if len(found) != 1:
-                errors.append(
-                    f'{path}, line {line}: {folder} has {" and ".join(i.name for i in found) or "nothing"} for '
-                    f'{text!r}, not one .jpg, .jpeg or .png. Add it, or write its ending, or remove the line.')
-                continue
+        folder, images, lines = path.parents[2], defaultdict(list), read_lines(path)
+        for image in sorted((folder / 'JPEGImages').rglob('*')):
+            name, extension = NAME.fullmatch(image.relative_to(folder / 'JPEGImages').as_posix()).groups('')
+            images[name] += [image] if extension else []
+        for line, text in progress(lines.items(), f'{folder.name} {path.stem}'):
             try:
-                name = found[0].relative_to(folder).with_suffix('.xml')
-                samples[key].append(read_annotation(folder.with_name('Annotations') / name, found[0]))
-            except BadInput as e:
-                errors.append(str(e))
+                name, image = find_image(folder, images, text)
+                if (key, image) in known:
+                    raise ValueError(f'{name} is in {known[key, image]} too. Remove one of them.')
+                known[key, image] = f'{path}, line {line}'
+                samples[key].append(read_annotation(folder / 'Annotations' / f'{name}.xml', image))
+            except (BadInput, ValueError) as e:
+                errors.append(str(e) if isinstance(e, BadInput) else f'{path}, line {line}: {e}')
     raise_errors(errors)
     for key, found in samples.items():
         if all(all(s.difficult) for s in found):
@@ -85,92 +85,122 @@ def read_samples(lists: Dict[str, List[Path]]) -> Samples:
     return samples
 
 
-def read_lines(path: Path) -> Dict[int, str]:
-    """Lines that are not blank, by number."""
+def read_text(path: Path) -> str:
+    """Text in the encoding of its mark or XML declaration, or else UTF-8. Python has more than the parser, as GBK."""
     try:
-        text = path.read_text('utf-8-sig')
+        content = path.read_bytes()
     except OSError as e:
         raise BadInput(f'{path} cannot be read: {e.strerror}. Add it, or give other lists or data.') from None
-    except UnicodeDecodeError:
-        raise BadInput(f'{path} is not in UTF-8. Save it in UTF-8.') from None
-    lines = {i: line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
-    if not lines:
-        raise BadInput(f'{path} names nothing. Write one name in each line.')
+    declared = re.match(rb'\s*<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)', content)
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = 'utf-16' if utf_16 else declared[1].decode() if declared else 'utf-8-sig'
+    try:
+        return content.decode(encoding)
+    except LookupError:
+        raise BadInput(f'{path}: its encoding {encoding!r} is not known. Save it in UTF-8.') from None
+    except UnicodeDecodeError as e:
+        line, column = content.count(b'\n', 0, e.start) + 1, e.start - content.rfind(b'\n', 0, e.start)
+        raise BadInput(
+            f'{path}, line {line}, column {column}: it is not {e.encoding}. Save it in UTF-8, or state its encoding in '
+            f'the first line of an annotation, <?xml version="1.0" encoding="..."?>.') from None
+
+
+def read_lines(path: Path) -> Dict[int, str]:
+    """Lines that are not blank, by number."""
+    lines = {i: line.strip() for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()}
+    if not lines or '\0' in lines[min(lines)]:  # UTF-16 without its mark
+        raise BadInput(f'{path} names nothing. Write one name in each line, in UTF-8.')
     return lines
+
+
+def find_image(folder: Path, images: Dict[str, List[Path]], text: str) -> Tuple[str, Path]:
+    """Name without extension, and image, of a line. Lists of one class have a second column, -1, 0 or 1."""
+    for line in (text, re.sub(r'\s+(-1|0|1)$', '', text)):
+        name, extension = NAME.fullmatch(line).groups('')
+        found = [i for i in images.get(name, []) if i.suffix == extension] or images.get(name, [])
+        if len(found) > 1:
+            raise ValueError(f'{" and ".join(i.name for i in found)} are there. Write which, or remove one.')
+        if found:
+            return name, found[0]
+    raise ValueError(f'{folder / "JPEGImages" / text} is missing, as .jpg, .jpeg or .png. Add it, or remove the line.')
 
 
 def read_annotation(path: Path, image_path: Path) -> Sample:
     """Objects in an image. What is marked as deleted is left out."""
     size, objects, where = read_image(image_path, upright=False).size, [], ''  # a damaged image would end a long run
     try:
-        root = fromstring(path.read_bytes())
+        root = fromstring(read_text(path))
         items = root.findall('object')
-        if not items and root.tag != 'annotation':
-            raise ValueError(f'its root is <{root.tag}>, not <annotation>')
-        stated = size if root.find('size/*') is None else read_numbers(root, 'size', ('width', 'height'))
+        stated = size if root.find('size/*') is None else read_numbers(find_one(root, 'size'), 'width', 'height')
         if stated not in (size, (0, 0)):
             raise ValueError('its size is {:g} x {:g}, and {} is stored with {} x {} pixels'.format(
                 *stated, image_path, *size))
+        if not items and root.tag != 'annotation':
+            raise ValueError(f'its root is <{root.tag}>, not <annotation>')
+        if len(items) < sum(e.tag.rpartition('}')[2].lower() == 'object' for e in root.iter()):
+            raise ValueError(f'it has objects that are not <object> directly below <{root.tag}>')
         for number, item in enumerate(items, 1):
             where = f'object {number}: '
             objects += [] if read_flag(item, 'deleted') else [read_object(item, size)]
-    except OSError as e:
-        raise BadInput(f'{path} cannot be read: {e.strerror}. Add it, or remove its image from the list.') from None
     except ParseError as e:
         raise BadInput(
             f'{path}, line {e.position[0]}, column {e.position[1] + 1}: {str(e).partition(":")[0]}. Begin the file '
-            f'with <?xml or <annotation>, close each element, write & as &amp; and < as &lt;, and save it in UTF-8.'
-        ) from None
-    except (ValueError, LookupError) as e:  # also of encodings that the parser does not have
-        raise BadInput(f'{path} is not as VOC annotates: {where}{e}. Correct the file, and save it in UTF-8.') from None
+            f'with <?xml or <annotation>, close each element, and write & as &amp; and < as &lt;.') from None
+    except ValueError as e:
+        raise BadInput(f'{path} is not as VOC annotates: {where}{e}. Correct the file.') from None
     return Sample(image_path, path, *(zip(*objects, strict=True) if objects else ((), (), ())))
 
 
-def read_one(element: Element, path: str) -> str:
-    """Text of the element's only descendant of a path."""
-    texts = [(e.text or '').strip() for e in element.findall(path)]
-    if len(texts) != 1:
-        raise ValueError(f'it has {len(texts)} <{path}>, not one')
-    return texts[0]
+def find_one(element: Element, tag: str) -> Element:
+    found = element.findall(tag)
+    if len(found) != 1:
+        raise ValueError(f'<{element.tag}> has {len(found)} <{tag}>, not one')
+    return found[0]
 
 
-def read_numbers(element: Element, path: str, tags: Sequence[str]) -> Tuple[float, ...]:
-    return tuple(float(read_one(element, f'{path}/{tag}')) for tag in tags)
+def read_flag(element: Element, tag: str) -> bool:
+    texts = [(e.text or '').strip() for e in element.findall(tag)]
+    if texts not in ([], [''], ['0'], ['1']):
+        raise ValueError(f'{tag} is {", ".join(texts)!r}. Write 0 or 1 once, or leave <{tag}> out, which is 0')
+    return texts == ['1']
 
 
-def read_flag(element: Element, path: str) -> bool:
-    text = element.findtext(path, '').strip()
-    if text not in ('', '0', '1'):
-        raise ValueError(f'{path} is {text!r}. Write 0 or 1, or leave <{path}> out, which is 0')
-    return text == '1'
+def read_numbers(element: Element, *tags: str) -> Tuple[float, ...]:
+    texts = {tag: (find_one(element, tag).text or '').strip() for tag in tags}
+    for tag, text in texts.items():
+        if not NUMBER.fullmatch(text):
+            raise ValueError(f'{tag} is {text!r}, not a finite number')
+    return tuple(map(float, texts.values()))
 
 
 def read_object(item: Element, size: Tuple[int, int]) -> Tuple[str, Tuple[float, ...], bool]:
     """Class, corners in pixels, and whether the object is difficult."""
-    name = read_one(item, 'name')
+    name, corners = (find_one(item, 'name').text or '').strip(), ('xmin', 'ymin', 'xmax', 'ymax')
     if not name:
         raise ValueError('its <name> is empty')
-    xmin, ymin, xmax, ymax = stated = read_numbers(item, 'bndbox', ('xmin', 'ymin', 'xmax', 'ymax'))
+    xmin, ymin, xmax, ymax = stated = read_numbers(find_one(item, 'bndbox'), *corners)
     # VOC counts pixels from 1 and includes the last, so IoU of corners is that of the development kit. What counts from
     # 0, or is cut off at the edge, leaves the image a little.
     box = max(xmin - 1, 0.), max(ymin - 1, 0.), min(xmax, float(size[0])), min(ymax, float(size[1]))
-    normalized = max(stated) < 2 and min(stated) < 1
-    has_pixels = xmin <= xmax and ymin <= ymax and box[0] < box[2] and box[1] < box[3]
-    if normalized or not has_pixels or not all(map(math.isfinite, stated)):
+    normalized = -1 < min(stated) <= max(stated) < 2 and (xmin, ymin) != (1, 1)
+    if normalized or not (xmin <= xmax and ymin <= ymax and box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
-            f'the box of {name!r} is {stated}, xmin, ymin, xmax and ymax{", normalized" if normalized else ""}. It '
-            f'must be in pixels, 1 to {size[0]} and 1 to {size[1]}, at least in part')
+            f'the box of {name!r} has {", ".join(f"{k} {v:g}" for k, v in zip(corners, stated, strict=True))}'
+            f'{", which looks normalized" if normalized else ""}; it must be in pixels, 1 to {size[0]} and 1 to '
+            f'{size[1]}, some of them in the image, and no maximum below its minimum')
     return name, box, read_flag(item, 'difficult')
 
 
-def draw(image: Image.Image, boxes: Sequence, captions: Sequence[str], color: str) -> Image.Image:
-    """Give the image with boxes."""
-    size = max(10, min(image.size) // 30)
-    if not boxes:  # torchvision warns of that
-        return image
-    return to_pil_image(draw_bounding_boxes(
-        pil_to_tensor(image), torch.tensor(boxes), list(captions), color, width=max(1, size // 6), font=FONT,
-        font_size=size))
+def draw(image: Image.Image, boxes: Sequence, captions: Sequence[str], color: str, note: str) -> Image.Image:
+    """Give the image with boxes, or with a note if there are none."""
+    size, image = max(10, min(image.size) // 30), image.copy()
+    if boxes:
+        return to_pil_image(draw_bounding_boxes(
+            pil_to_tensor(image), torch.tensor(boxes), list(captions), color, width=max(1, size // 6), font=FONT,
+            font_size=size))
+    font = ImageFont.truetype(FONT, size)
+    ImageDraw.Draw(image).text((size, size), note, color, font, stroke_width=1, stroke_fill='black')
+    return image
 
 
 def match(detections: Target, target: Target, label: int) -> List[Tuple[float, bool]]:
@@ -204,8 +234,11 @@ def voc_score(detections: Sequence[Target], targets: Sequence[Target], classes: 
     """Average precision, from 0 to 1, of each class that has objects.
 
     `11point` and `area` are VOC's at IoU 0.5, equal to those of the development kits of 2007, and of 2010 and later.
-    `50_95` is COCO's at IoU 0.50 to 0.95, with difficult objects as its crowds. Detections are as SSD gives them, and
-    targets as `load_batch` does.
+    `50_95` is COCO's at IoU 0.50 to 0.95, with difficult objects as its crowds.
+
+    Args:
+        detections: Of each image, `boxes` [N, 4], `labels` [N] and `scores` [N].
+        targets: Of each image, `boxes` [N, 4], `labels` [N] from 1 and `difficult` [N].
     """
     metric = MeanAveragePrecision(class_metrics=True, sync_on_compute=False)  # one process has all detections
     metric.warn_on_many_detections = False
