@@ -151,11 +151,14 @@ def make_card(name: str, repo_id: str) -> ModelCard:
 def convert(path: Path, name: str, repo_id: str, folder: Path) -> None:
     """Write the authors' file of a checkpoint as a folder for the Hub's ORG/NAME, and check that it loads again."""
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
-    images = torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    # uniform numbers of a few bits, and outputs rounded from float64, are the same on every machine
+    images = torch.rand(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)) * 4 - 2
     with torch.inference_mode():
-        features = model.forward_features(images)
-        pre_logits = model.forward_head(features, pre_logits=True)
         logits = model(images)
+        features = model.double().forward_features(images.double())
+        pre_logits = model.forward_head(features, pre_logits=True)
+        tensors = dict(input=images, features=features, pre_logits=pre_logits, output=model.classifier(pre_logits))
+        model.float()
 
     # the files of timm's own repositories
     (folder / 'test').mkdir(parents=True)
@@ -164,8 +167,7 @@ def convert(path: Path, name: str, repo_id: str, folder: Path) -> None:
     config.pop('model_args', None)  # only defaults, with which transformers finds the number of classes twice
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
     make_card(name, repo_id).save(folder / 'README.md')
-    tensors = dict(input=images, features=features, pre_logits=pre_logits, output=logits)
-    save_file(tensors, folder / 'test/rand_tensors.safetensors')
+    save_file({k: v.float() for k, v in tensors.items()}, folder / 'test/rand_tensors.safetensors')
 
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     with torch.inference_mode():

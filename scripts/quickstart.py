@@ -8,6 +8,7 @@ of the digits is stratified and the same for each seed.
 With photographs: prints the top 5 classes of each, by default with the published ImageNet weights.
 """
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any, Sequence, Tuple
 
@@ -72,7 +73,7 @@ def predict(model: torch.nn.Module, loader: DataLoader) -> Tuple[torch.Tensor, f
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, save, load back and draw."""
+    """Train, save, load back and draw. The whole result comes into a new folder at the end."""
     create_output_dir(args)
     timm.utils.random_seed(args.seed)
     model = create_model(
@@ -86,16 +87,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     logits, top1 = fit(model, train_set, test_set, args.epochs, device)
     print(f'Top-1 on the {len(test_set)} held-out digits: {top1:.2f} %')
 
-    timm.models.save_for_hf(
-        model, args.output_dir, model_config=dict(label_names=list('0123456789')), safe_serialization=True)
-    reloaded = create_model(f'local-dir:{args.output_dir}', pretrained=True).to(device)
-    reloaded_logits, reloaded_top1 = predict(reloaded, create_loader(reloaded, test_set, device))
-    torch.testing.assert_close(reloaded_logits, logits, rtol=1e-4, atol=1e-4)
+    with tempfile.TemporaryDirectory(prefix='.', dir=args.output_dir) as folder:
+        result = Path(folder)
+        timm.models.save_for_hf(
+            model, result, model_config=dict(label_names=list('0123456789')), safe_serialization=True)
+        reloaded = create_model(f'local-dir:{result}', pretrained=True).to(device)
+        reloaded_logits, reloaded_top1 = predict(reloaded, create_loader(reloaded, test_set, device))
+        torch.testing.assert_close(reloaded_logits, logits, rtol=1e-4, atol=1e-4)
+        draw(test_set, reloaded_logits).savefig(result / 'predictions.png')
+        for path in list(result.iterdir()):
+            path.rename(args.output_dir / path.name)
     print(f"Loaded back by timm.create_model('local-dir:{args.output_dir}', pretrained=True): {reloaded_top1:.2f} %")
-
-    picture = args.output_dir / 'predictions.png'
-    draw(test_set, reloaded_logits).savefig(picture)
-    print(f'Picture of predictions: {picture}')
+    print(f'Picture of predictions: {args.output_dir / "predictions.png"}')
 
 
 def fit(

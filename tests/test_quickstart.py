@@ -1,7 +1,7 @@
 """The quickstart trains, saves, loads back and draws, classifies photographs, and says what is wrong with its input."""
 import re
 from pathlib import Path
-from typing import Tuple
+from typing import Any, Tuple
 
 import numpy as np
 import pytest
@@ -74,6 +74,19 @@ def test_the_picture_begins_with_the_worst_mistakes():
     for axes, i, sure in ((first, 8, 100), (second, 7, 55)):
         assert axes.get_title() == f'{labels[i]} read as {(labels[i] + 1) % 10}\n{sure}% sure'
         assert np.array_equal(axes.images[0].get_array(), test_set.images[i])
+
+
+def test_an_interrupted_run_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def interrupt(*args: Any) -> None:
+        assert list(tmp_path.rglob('model.safetensors'))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, 'fit', lambda model, train_set, test_set, epochs, device: quickstart.predict(
+        model, quickstart.create_loader(model, test_set, device)))
+    monkeypatch.setattr(quickstart, 'draw', interrupt)
+    status, _, err = run_script('quickstart.py', '--output', tmp_path / 'out', '--device', 'cpu')
+    assert (status, error_line(err)) == (130, 'quickstart.py: interrupted.')
+    assert not list((tmp_path / 'out').iterdir())
 
 
 def test_photographs_get_their_top_5_by_published_weights(photo, server):
