@@ -14,8 +14,7 @@ Modes, inference in float32 if not said otherwise:
   openvino, mnn        the same ONNX
   executorch, litert   torch.export of the re-parameterized model, both with XNNPACK
   ncnn                 its trace by pnnx; no batches, images come one after another
-  onnxruntime_int8, openvino_int8, executorch_int8, litert_int8, mnn_int8: in int8, calibrated with the images that are
-                       timed
+  onnxruntime_int8, openvino_int8, executorch_int8, litert_int8: in int8, calibrated with the images that are timed
   mnn_int8_weights     weights in int8, arithmetic in float32
   train, train_channels_last: forward, cross entropy, backward, SGD with momentum
 
@@ -24,9 +23,7 @@ logits than in PyTorch (in int8: by half of the largest); the others are reporte
 does nothing else: the default takes one to two hours on 2 cores. What only runs if it is named takes up to a minute
 more for each network. timm's own script measures GPUs: python benchmark.py --model hbonet_100 --amp --channels-last
 
-Figures depend on the memory allocator: glibc returns freed memory to the system, and the page faults to get it back
-cost up to 20 %. These settings keep it:
-MALLOC_TOP_PAD_=1000000000 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=4000000000
+Set the MALLOC_ variables of results/README.md: glibc gives freed memory back, which can cost 20 % of the time.
 """
 import argparse
 import functools
@@ -52,7 +49,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # read as torch is imported: it
 
 import timm
 import torch
-from runtimes import MODES, Predict, check_logits, describe_error, find_missing
+from runtimes import MODES, Predict, check_logits, choose_installed, describe_error
 from script_utils import BadInput, check_interrupt, number, requirements, run_script, write_figure, write_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -81,9 +78,6 @@ IMAGE_SIZE = 224
 GROWTH_MODELS = ('hbonet_100', 'hbonet_050', 'mobilenetv2_100')
 GROWTH_SHAPES = (  # batch size, image size
     *((n, IMAGE_SIZE) for n in (1, 2, 4, 8, 16, 32, 64, 128)), *((1, n) for n in (96, 128, 160, 320, 448, 640)))
-QUICK = dict(
-    models=['hbonet_100', 'mobilenetv2_100'], modes=['eager', 'channels_last', 'reparam', 'onnxruntime'],
-    batch_sizes=[1, 4], rounds=5, growth=False)
 BASELINES = ('mobilenetv2_100', 'mobilenetv3_large_100')  # that ratios are to, beside the authors' code
 TIMES = ['median_ms', 'lower_quartile_ms', 'upper_quartile_ms']
 
@@ -126,7 +120,7 @@ class Candidate:
     def prepare(self, threads: int) -> None:
         mode = MODES[self.mode]
         self.images = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
-        self.predict, self.file_bytes = mode.build(self.network, self.images, threads, self.images)
+        self.predict, self.file_bytes = mode.build(self.network, [self.images], threads)
         if mode.channels_last:
             self.images = self.images.to(memory_format=torch.channels_last)
         logits = torch.as_tensor(self.predict(self.images))
@@ -218,16 +212,13 @@ def create_networks(args: argparse.Namespace) -> Dict[str, nn.Module]:
 
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     capabilities = dict(getattr(torch.cpu, 'get_capabilities', dict)())  # not in older versions of torch
-    needed = (package.lower() for mode in MODES.values() for package in mode.packages)
-    packages = {'torch', 'timm', 'timm_hbonet', *needed}
+    packages = ['torch', 'timm', 'timm_hbonet', *(package for mode in args.modes for package in MODES[mode].packages)]
     return dict(
         cpu=capabilities.get('cpu_name') or platform.processor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         flags=sorted(name for name, value in capabilities.items() if value is True),
         cores=os.cpu_count(), threads=args.threads, os=platform.platform(), python=platform.python_version(),
-        versions={
-            d.name: d.version for d in importlib.metadata.distributions()
-            if (d.name or '').lower().replace('-', '_') in packages},
+        versions={package: importlib.metadata.version(package) for package in packages},
         environment={k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'GLIBC_', 'LD_PRELOAD', 'OMP_'))})
 
 
@@ -409,32 +400,18 @@ def create_parser() -> argparse.ArgumentParser:
         help="hbonet.py of a checkout of the authors' repository, to be compared at each width that --models has")
     add('--growth', action=argparse.BooleanOptionalAction, default=True,
         help=f'also time {", ".join(GROWTH_MODELS)} at batch sizes 1 to 128 and image sizes 96 to 640')
-    add('--quick', action='store_true', help='other defaults, for a minute: 2 models, 4 modes, batch sizes 1 and 4')
     add('--report', action='store_true',
         help='measure nothing: make tables and pictures anew of the benchmark.json that OUTPUT_FOLDER has')
     return parser
 
 
-def choose_modes(args: argparse.Namespace) -> None:
-    """Set `args.modes` to those that can run, and `args.skipped` to those that cannot, with the reasons."""
-    args.skipped = []
-    for name in (modes := dict.fromkeys(args.modes)):
-        if missing := find_missing(MODES[name]):
-            args.skipped.append(f"{name}: needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
-            print(f'benchmark.py: skipping {args.skipped[-1]}', file=sys.stderr)
-    args.modes = [name for name in modes if not find_missing(MODES[name])]
-    if not args.modes:
-        raise BadInput('none of --modes is installed.')
-
-
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args()
     if args.report:
         write_report(args.output)
         return
-    choose_modes(args)
+    args.modes, args.skipped = choose_installed(args.modes)
+    if not args.modes:
+        raise BadInput('none of --modes is installed.')
     args.models = list(dict.fromkeys(model for name in args.models for model in timm.list_models(name) or [name]))
     if args.reference and not any(re.fullmatch(r'hbonet_\d{3}', name) for name in args.models):
         raise BadInput('--reference is compared with hbonet_100 and its other widths, add one of them to --models.')

@@ -1,56 +1,30 @@
 """How a network runs: in PyTorch and in the runtimes that deploy it, in float32 and in int8.
 
-`MODES` is the table of all. `MODES[name].build` takes a network, images of the shape of those to come, the number of
-threads, and images to calibrate with, which int8 needs. It returns the function from images to logits, and the bytes of
-the files that are loaded, or of a state dict. Networks are re-parameterized for runtimes.
+`MODES` is the table of all. `MODES[name].build` takes a network, batches of images, all of the shape of those to come,
+and the number of threads. It returns the function from images to logits, and the bytes of the files that are loaded, or
+of a state dict. Networks are re-parameterized for runtimes.
 
-int8 is calibrated with images. The least and the largest value count in ONNX Runtime, OpenVINO and LiteRT. ExecuTorch
-looks for the range of the least error, and MNN takes averages over batches. Weights have seven bits for ONNX Runtime
-and OpenVINO: processors without VNNI add pairs of their products in 16 bits, which eight would overflow.
+int8 is calibrated with all batches; other modes use the first, for its shape. The least and the largest value count in
+ONNX Runtime, OpenVINO and LiteRT. ExecuTorch looks for the range of the least error. Weights have seven bits for ONNX
+Runtime and OpenVINO: processors without VNNI add pairs of their products in 16 bits, which eight would overflow.
 """
 import copy
 import functools
 import importlib.util
-import json
 import math
-import os
 import sys
 import tempfile
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Tuple, Union
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.utils import reparameterize_model
 from torch import nn
 
+Batches = Sequence[torch.Tensor]
 Predict = Callable[[torch.Tensor], Any]  # logits of images
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Hold back what is printed, by libraries in C++ too, and show it on stderr if an exception is raised."""
-    sys.stdout.flush()
-    saved = [os.dup(descriptor) for descriptor in (1, 2)]
-    # never closed, as loggers that are made now may keep them
-    out, err = (open(descriptor, 'w', buffering=1, closefd=False) for descriptor in (1, 2))
-    with tempfile.TemporaryFile() as log:
-        try:
-            for descriptor in (1, 2):
-                os.dup2(log.fileno(), descriptor)
-            with redirect_stdout(out), redirect_stderr(err):
-                yield
-        except Exception:
-            log.seek(0)
-            os.write(saved[1], log.read())
-            raise
-        finally:
-            for descriptor, original in zip((1, 2), saved, strict=True):
-                os.dup2(original, descriptor)
-                os.close(original)
 
 
 def check_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -95,9 +69,7 @@ class PyTorch:
     train: bool = False
     packages = ()
 
-    def build(
-            self, network: nn.Module, images: torch.Tensor, threads: int, calibration: torch.Tensor,
-    ) -> Tuple[Predict, float]:
+    def build(self, network: nn.Module, batches: Batches, threads: int) -> Tuple[Predict, float]:
         network = reparameterize_model(network) if self.reparameterize else copy.deepcopy(network)
         network = network.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         if self.train:
@@ -112,20 +84,16 @@ class PyTorch:
 @dataclass(frozen=True)
 class Runtime:
     """`export` writes files into a folder, and returns those that `load` reads."""
-    export: Callable[..., List[Path]]
+    export: Callable[[nn.Module, Batches, Path], List[Path]]
     load: Callable[[List[Path], int], Predict]
     packages: Tuple[str, ...]
-    calibrated: bool = False  # `export` takes images for that
     channels_last = train = False
 
-    def build(
-            self, network: nn.Module, images: torch.Tensor, threads: int, calibration: torch.Tensor,
-    ) -> Tuple[Predict, float]:
-        with silence(), tempfile.TemporaryDirectory() as folder:
-            extra = [calibration] if self.calibrated else []
-            files = self.export(network, images, Path(folder), *extra)
+    def build(self, network: nn.Module, batches: Batches, threads: int) -> Tuple[Predict, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            files = self.export(network, batches, Path(folder))
             predict = self.load(files, threads)
-            predict(images)
+            predict(batches[0])  # runtimes may read the files as late as now
             return predict, sum(path.stat().st_size for path in files)
 
 
@@ -134,20 +102,28 @@ def find_missing(mode: Union[PyTorch, Runtime]) -> List[str]:
     return [package for package in mode.packages if importlib.util.find_spec(package) is None]
 
 
+def choose_installed(names: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Modes that can run, each once, and a line on each of the others, which is printed too."""
+    missing = {name: find_missing(MODES[name]) for name in names}
+    skipped = [
+        f"{name}: needs {', '.join(packages)}. Run: pip install {' '.join(packages)}"
+        for name, packages in missing.items() if packages]
+    for line in skipped:
+        print(f'Skipping {line}', file=sys.stderr)
+    return [name for name, packages in missing.items() if not packages], skipped
+
+
 @functools.lru_cache
-def create_onnx_model(network: nn.Module, shape: torch.Size, dynamic_batch: bool) -> bytes:
-    images = torch.randn(shape)
-    if dynamic_batch:
-        images = images.repeat(2, 1, 1, 1)  # torch.export fixes a batch size of 1
+def create_onnx_model(network: nn.Module, shape: torch.Size) -> bytes:
     return torch.onnx.export(
-        reparameterize_model(network), (images,), input_names=['images'], output_names=['logits'], dynamo=True,
-        opset_version=18, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None, verbose=False,
+        reparameterize_model(network), (torch.randn(shape),), input_names=['images'], output_names=['logits'],
+        dynamo=True, opset_version=18, verbose=False,
     ).model_proto.SerializeToString()
 
 
-def export_onnx(network: nn.Module, images: torch.Tensor, folder: Path, dynamic_batch: bool = False) -> List[Path]:
+def export_onnx(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     path = folder / 'model.onnx'
-    path.write_bytes(create_onnx_model(network, images.shape, dynamic_batch))
+    path.write_bytes(create_onnx_model(network, batches[0].shape))
     return [path]
 
 
@@ -182,8 +158,8 @@ def lower_to_xnnpack(program: torch.export.ExportedProgram, folder: Path, **opti
     return [path]
 
 
-def export_executorch(network: nn.Module, images: torch.Tensor, folder: Path) -> List[Path]:
-    return lower_to_xnnpack(torch.export.export(reparameterize_model(network), (images,)), folder)
+def export_executorch(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
+    return lower_to_xnnpack(torch.export.export(reparameterize_model(network), (batches[0],)), folder)
 
 
 def load_executorch(files: List[Path], threads: int) -> Predict:
@@ -197,32 +173,24 @@ def load_executorch(files: List[Path], threads: int) -> Predict:
     return lambda images: program.load_method('forward').execute([images])[0]  # a method does not keep its program
 
 
-def export_litert(network: nn.Module, images: torch.Tensor, folder: Path) -> List[Path]:
+def export_litert(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     import litert_torch
     path = folder / 'model.tflite'
-    litert_torch.convert(reparameterize_model(network), (images,)).export(str(path))
+    litert_torch.convert(reparameterize_model(network), (batches[0],)).export(str(path))
     return [path]
 
 
 def load_litert(files: List[Path], threads: int) -> Predict:
     from ai_edge_litert.interpreter import Interpreter
     interpreter = Interpreter(model_content=files[0].read_bytes(), num_threads=threads)
-    interpreter.allocate_tensors()
-    place, = (details['index'] for details in interpreter.get_input_details())
-    result, = (details['index'] for details in interpreter.get_output_details())
-
-    def predict(images: torch.Tensor) -> Any:
-        interpreter.set_tensor(place, images.numpy())
-        interpreter.invoke()
-        return interpreter.get_tensor(result)
-
-    return predict
+    runner = interpreter.get_signature_runner()
+    return lambda images: runner(args_0=images.numpy())['output_0']
 
 
-def export_ncnn(network: nn.Module, images: torch.Tensor, folder: Path) -> List[Path]:
+def export_ncnn(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     import pnnx
     with torch.no_grad():
-        pnnx.export(reparameterize_model(network), str(folder / 'model.pt'), images[:1], fp16=False)
+        pnnx.export(reparameterize_model(network), str(folder / 'model.pt'), batches[0][:1], fp16=False)
     return [folder / 'model.ncnn.param', folder / 'model.ncnn.bin']
 
 
@@ -233,9 +201,8 @@ def load_ncnn(files: List[Path], threads: int) -> Predict:
     model.opt.num_threads = threads
     for name in ('fp16_packed', 'fp16_storage', 'fp16_arithmetic', 'bf16_storage'):
         setattr(model.opt, f'use_{name}', False)
-    for load, path in zip((model.load_param, model.load_model), files, strict=True):
-        if load(str(path)):
-            raise ValueError(f'ncnn cannot {load.__name__.replace("_", " ")}')
+    if model.load_param(str(files[0])) or model.load_model(str(files[1])):
+        raise ValueError('ncnn cannot load what pnnx wrote, which says more above')
 
     def predict(images: torch.Tensor) -> Any:
         logits = []
@@ -248,11 +215,9 @@ def load_ncnn(files: List[Path], threads: int) -> Predict:
     return predict
 
 
-def export_mnn(
-        network: nn.Module, images: torch.Tensor, folder: Path, *options: str, dynamic_batch: bool = False,
-) -> List[Path]:
+def export_mnn(network: nn.Module, batches: Batches, folder: Path, *options: str) -> List[Path]:
     import _tools  # the command mnnconvert would install packages
-    onnx, = export_onnx(network, images, folder, dynamic_batch)
+    onnx, = export_onnx(network, batches, folder)
     path = folder / 'model.mnn'
     _tools.mnnconvert([
         'mnnconvert', '-f', 'ONNX', '--modelFile', str(onnx), '--MNNModel', str(path), '--bizCode', 'timm_hbonet',
@@ -260,9 +225,9 @@ def export_mnn(
     return [path]
 
 
-def export_mnn_int8_weights(network: nn.Module, images: torch.Tensor, folder: Path) -> List[Path]:
+def export_mnn_int8_weights(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     """Weights in int8. Arithmetic is in float32, so that nothing is calibrated."""
-    return export_mnn(network, images, folder, '--weightQuantBits', '8')
+    return export_mnn(network, batches, folder, '--weightQuantBits', '8')
 
 
 def load_mnn(files: List[Path], threads: int) -> Predict:
@@ -278,32 +243,17 @@ def load_mnn(files: List[Path], threads: int) -> Predict:
     return predict
 
 
-def split(images: torch.Tensor, calibration: torch.Tensor) -> List[torch.Tensor]:
-    """Batches of `calibration` of the shape of `images`. What is left over is dropped.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    whole = [batch for batch in calibration.split(len(images)) if len(batch) == len(images)]
-    if not whole:
-        raise ValueError(f'{len(calibration)} images to calibrate with are no batch of {len(images)}')
-    return whole
-
-
-def export_onnxruntime_int8(
-        network: nn.Module, images: torch.Tensor, folder: Path, calibration: torch.Tensor,
-) -> List[Path]:
+def export_onnxruntime_int8(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        batches = iter(split(images, calibration))
+        inputs = iter([{'images': images.numpy()} for images in batches])
 
         def get_next(self) -> Any:
-            batch = next(self.batches, None)
-            return None if batch is None else {'images': batch.numpy()}
+            return next(self.inputs, None)
 
-    source, = export_onnx(network, images, folder)
+    source, = export_onnx(network, batches, folder)
     prepared, target = folder / 'prepared.onnx', folder / 'int8.onnx'
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
     quantize_static(
@@ -312,16 +262,14 @@ def export_onnxruntime_int8(
     return [target]
 
 
-def export_openvino_int8(
-        network: nn.Module, images: torch.Tensor, folder: Path, calibration: torch.Tensor,
-) -> List[Path]:
+def export_openvino_int8(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     import nncf
     import openvino
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-    batches = [batch.numpy() for batch in split(images, calibration)]
-    source, = export_onnx(network, images, folder)
+    source, = export_onnx(network, batches, folder)
+    dataset = nncf.Dataset([images.numpy() for images in batches])
     model = nncf.quantize(
-        openvino.Core().read_model(source), nncf.Dataset(batches), subset_size=len(batches),
+        openvino.Core().read_model(source), dataset, subset_size=len(batches),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             overflow_fix=nncf.OverflowFix.ENABLE))
@@ -330,64 +278,38 @@ def export_openvino_int8(
     return [path, path.with_suffix('.bin')]
 
 
-def export_executorch_int8(
-        network: nn.Module, images: torch.Tensor, folder: Path, calibration: torch.Tensor,
-) -> List[Path]:
+def export_executorch_int8(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
     from executorch.exir import EdgeCompileConfig
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(
         xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True))
     program = torch.export.export(
-        reparameterize_model(network), (images.repeat(2, 1, 1, 1),),  # a batch size of 1 would be fixed
+        reparameterize_model(network), (batches[0].repeat(2, 1, 1, 1),),  # a batch size of 1 would be fixed
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     prepared = prepare_pt2e(program.module(), quantizer)
     with torch.no_grad():
-        for batch in calibration.split(32):  # one by one it is slow
-            prepared(batch)
-    program = torch.export.export(convert_pt2e(prepared), (images,))
+        for images in torch.cat(list(batches)).split(32):  # one by one it is slow
+            prepared(images)
+    program = torch.export.export(convert_pt2e(prepared), (batches[0],))
     return lower_to_xnnpack(program, folder, compile_config=EdgeCompileConfig(_check_ir_validity=False))
 
 
-def export_litert_int8(
-        network: nn.Module, images: torch.Tensor, folder: Path, calibration: torch.Tensor,
-) -> List[Path]:
+def export_litert_int8(network: nn.Module, batches: Batches, folder: Path) -> List[Path]:
     from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe
     from ai_edge_quantizer.utils.qsv_utils import min_max_update
-    source = str(export_litert(network, images, folder)[0])
+    source = str(export_litert(network, batches, folder)[0])
     mode = calibrator.CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS
     ranges = calibrator.CalibrationInterpreter(source, mode, min_max_update)
     runner = ranges.get_signature_runner()
-    for batch in split(images, calibration):
-        runner(args_0=batch.numpy())
+    for images in batches:
+        runner(args_0=images.numpy())
     converter = quantizer.Quantizer(source, recipe.static_wi8_ai8())
     for name in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):  # float, like the others'
         converter.update_quantization_recipe('.*', name, algorithm_key='no_quantize')
     path = folder / 'int8.tflite'
     path.write_bytes(converter.quantize(ranges.get_calibration_results()).quantized_model)
     return [path]
-
-
-def export_mnn_int8(network: nn.Module, images: torch.Tensor, folder: Path, calibration: torch.Tensor) -> List[Path]:
-    import _tools  # the command mnnquant would install packages
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"MNN's quantizer takes images of 1 or 3 channels, got {images.shape[1]}")
-    source, = export_mnn(network, images, folder, dynamic_batch=True)
-    target, config, pictures = (folder / name for name in ('int8.mnn', 'config.json', 'pictures'))
-    pictures.mkdir()
-    # MNN reads pictures of 8 bits: each channel is stretched to 0 to 255, which `mean` and `normal` undo
-    low, high = calibration.amin((0, 2, 3)), calibration.amax((0, 2, 3))
-    scale = (high - low).clamp(min=1e-6) / 255
-    pixels = ((calibration - low.view(-1, 1, 1)) / scale.view(-1, 1, 1)).round().byte().permute(0, 2, 3, 1)
-    for i, image in enumerate(pixels.squeeze(3).numpy()):
-        Image.fromarray(np.ascontiguousarray(image)).save(pictures / f'{i}.png')
-    config.write_text(json.dumps(dict(
-        format='GRAY' if len(low) == 1 else 'RGB', mean=(-low / scale).tolist(), normal=scale.tolist(),
-        width=images.shape[3], height=images.shape[2], path=f'{pictures}/', used_image_num=len(calibration),
-        batch_size=min(32, len(calibration)),  # averages of the ranges of single images cut off much more
-        feature_quantize_method='EMA', weight_quantize_method='MAX_ABS')))
-    _tools.mnnquant(['mnnquant', str(source), str(target), str(config)])
-    return [target]
 
 
 ONNX = ('onnx', 'onnxscript')
@@ -400,15 +322,14 @@ MODES = {
     'train': PyTorch(channels_last=False, train=True),
     'train_channels_last': PyTorch(train=True),
     'executorch': Runtime(export_executorch, load_executorch, ('executorch',)),
-    'executorch_int8': Runtime(export_executorch_int8, load_executorch, ('executorch', 'torchao'), calibrated=True),
+    'executorch_int8': Runtime(export_executorch_int8, load_executorch, ('executorch', 'torchao')),
     'litert': Runtime(export_litert, load_litert, LITERT),
-    'litert_int8': Runtime(export_litert_int8, load_litert, (*LITERT, 'ai_edge_quantizer'), calibrated=True),
+    'litert_int8': Runtime(export_litert_int8, load_litert, (*LITERT, 'ai_edge_quantizer')),
     'mnn': Runtime(export_mnn, load_mnn, (*ONNX, 'MNN')),
-    'mnn_int8': Runtime(export_mnn_int8, load_mnn, (*ONNX, 'MNN'), calibrated=True),
     'mnn_int8_weights': Runtime(export_mnn_int8_weights, load_mnn, (*ONNX, 'MNN')),
     'ncnn': Runtime(export_ncnn, load_ncnn, ('pnnx', 'ncnn')),
     'onnxruntime': Runtime(export_onnx, load_onnxruntime, (*ONNX, 'onnxruntime')),
-    'onnxruntime_int8': Runtime(export_onnxruntime_int8, load_onnxruntime, (*ONNX, 'onnxruntime'), calibrated=True),
+    'onnxruntime_int8': Runtime(export_onnxruntime_int8, load_onnxruntime, (*ONNX, 'onnxruntime')),
     'openvino': Runtime(export_onnx, load_openvino, (*ONNX, 'openvino')),
-    'openvino_int8': Runtime(export_openvino_int8, load_openvino, (*ONNX, 'openvino', 'nncf'), calibrated=True),
+    'openvino_int8': Runtime(export_openvino_int8, load_openvino, (*ONNX, 'openvino', 'nncf')),
 }

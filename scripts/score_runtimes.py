@@ -16,7 +16,6 @@ Runtimes that are not installed are skipped by name. The exit status is 1 if ano
 """
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Tuple
@@ -25,7 +24,7 @@ import numpy as np
 import timm.data
 import torch
 import yaml
-from runtimes import MODES, describe_error, find_missing
+from runtimes import MODES, choose_installed, describe_error
 from script_utils import BadInput, check_interrupt, create_model, number, requirements, run_script, write_file
 from timm.models import load_checkpoint
 from torch import nn
@@ -65,7 +64,7 @@ def create_data(args: argparse.Namespace, network: nn.Module) -> Tuple[DataLoade
                 f'--data-dir {args.data_dir} has no {split} images of --dataset {args.dataset or "(a folder)"}: '
                 f'{e}') from None
     train, test = datasets
-    indices = random.Random(args.seed).sample(range(len(train)), min(args.calibration, len(train)))
+    indices = random.Random(0).sample(range(len(train)), min(args.calibration, len(train)))
     images = torch.stack([train[i][0] for i in tqdm(indices, 'Loading images to calibrate with', leave=False)])
     return DataLoader(test, batch_size=64), images
 
@@ -74,7 +73,7 @@ def compute_logits(
         mode: str, network: nn.Module, loader: DataLoader, calibration: torch.Tensor,
 ) -> Tuple[np.ndarray, float, float]:
     """Logits of all images, one at a time, milliseconds of one, and bytes of the files."""
-    predict, size = MODES[mode].build(network, calibration[:1], 1, calibration)
+    predict, size = MODES[mode].build(network, calibration.split(1), 1)
     logits, seconds = [], []
     for images, _ in tqdm(loader, mode, leave=False):
         check_interrupt()
@@ -95,7 +94,6 @@ def create_parser() -> argparse.ArgumentParser:
     add('--runtimes', nargs='+', choices=NAMES, default=NAMES, metavar='NAME', help=f'out of {", ".join(NAMES)}')
     add('--calibration', type=number(int, 2), default=512, metavar='N',
         help='training images that int8 is calibrated with (default: %(default)s)')
-    add('--seed', type=number(int, 0), default=0, metavar='N', help='seed of their choice (default: %(default)s)')
     for option in ('model', 'dataset', 'data-dir', 'class-map', 'interpolation'):
         add(f'--{option}', default='', metavar='NAME', help="as in timm's train.py")
     for option, kind in (('num-classes', int), ('in-chans', int), ('img-size', int), ('crop-pct', float)):
@@ -110,8 +108,8 @@ def create_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.config:
         options = yaml.safe_load(args.config.read_text(encoding='utf-8'))
-        own = ('seed', 'output')  # of training
-        parser.set_defaults(**{k: v for k, v in options.items() if k in vars(args) and k not in own and v is not None})
+        options.pop('output', None)  # of training
+        parser.set_defaults(**{k: v for k, v in options.items() if k in vars(args) and v is not None})
         args = parser.parse_args()
     if not args.model:
         parser.error('--model is not given, and --config has none')
@@ -126,10 +124,7 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         expected.append(network(images).numpy())
     labels, expected = np.concatenate(labels), np.concatenate(expected)
     rows, failures = [], []
-    for mode in dict.fromkeys(args.runtimes):
-        if missing := find_missing(MODES[mode]):
-            print(f'score_runtimes.py: skipping {mode}: needs {", ".join(missing)}', file=sys.stderr)
-            continue
+    for mode in choose_installed(args.runtimes)[0]:
         try:
             logits, milliseconds, size = compute_logits(mode, network, loader, calibration)
         except Exception as e:  # each runtime has errors of its own
