@@ -77,23 +77,17 @@ def test_every_network_is_timed_in_every_mode(output):
     models = ('hbonet_010', 'mobilenetv3_small_050', 'authors_010')
     assert {(row.model, row.mode, row.batch_size) for row in rows.itertuples()} == {
         (model, mode, n) for model in models for mode, n in modes.items()}
-    assert (rows['lower_quartile_ms'] <= rows['median_ms']).all()
-    assert (rows['median_ms'] <= rows['upper_quartile_ms']).all()
+    assert rows['median_ms'].between(rows['lower_quartile_ms'], rows['upper_quartile_ms']).all()
 
 
-def test_machine_and_settings_are_kept_without_paths(output):
-    report = json.loads((output / 'benchmark.json').read_text())
-    assert str(output.parent) not in (output / 'benchmark.json').read_text()
+def test_files_of_a_run_have_machine_and_settings_without_paths(output):
+    text = (output / 'benchmark.json').read_text()
+    assert str(output.parent) not in text
+    report = json.loads(text)
     settings, machine = report['settings'], report['machine']
     assert (settings['rounds'], settings['reference'], settings['train_batch_size']) == (2, 'reference.py', 3)
     assert machine['versions']['torch'] == importlib.metadata.version('torch')
-    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # not in older versions of torch
-    for flag in ('avx2', 'avx512_f', 'amx_tile'):
-        assert (flag in machine['flags']) == capabilities.get(flag, False)
     assert report['top1'] == {'hbonet_010.in1k': 41.5}
-
-
-def test_files_of_a_run(output):
     assert {path.name for path in output.iterdir()} == {
         'benchmark.json', 'benchmark.csv', 'benchmark.md', 'accuracy_latency.png', 'thesis.tex'}
     found = pd.read_csv(output / 'benchmark.csv')
@@ -139,28 +133,21 @@ def test_a_runtime_computes_what_pytorch_does(network, name):
         assert portable_lib._threadpool_get_thread_count() == 1
 
 
-class Positive(nn.Module):
+def create_positive_network():
     """No products that cancel out: a tensor in int8 adds at most 1 % of the largest logit to the error."""
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 64, 3, stride=2)
-        self.classifier = nn.Linear(64, 1000)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.abs_()
-
-    def forward(self, x):
-        return self.classifier(self.conv(x).relu().mean((2, 3)))
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 1000))
+    for parameter in network.eval().requires_grad_(False).parameters():
+        parameter.abs_()
+    return network
 
 
-INT8 = ['onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8_weights']
-
-
-@pytest.mark.parametrize('name', INT8)
+@pytest.mark.parametrize(
+    'name', ['onnxruntime_int8', 'openvino_int8', 'executorch_int8', 'litert_int8', 'mnn_int8_weights'])
 def test_int8_is_calibrated_with_the_images_that_are_for_it(name):
     mode = find_mode(name)
     torch.manual_seed(0)
-    network, images = Positive().eval().requires_grad_(False), 2 * torch.rand(2, 3, 32, 32)
+    network, images = create_positive_network(), 2 * torch.rand(2, 3, 32, 32)
     images[:, :, 0, 0], images[:, :, -1, -1] = 0, 2  # the range
     predict, size = mode.build(network, [images / 2, images], 1)
     for factor in (0.5, 1):
@@ -174,7 +161,7 @@ def test_int8_is_calibrated_with_the_images_that_are_for_it(name):
 def test_weights_have_seven_bits_where_eight_would_overflow_without_vnni(tmp_path):
     import onnx
     import openvino
-    network, images = Positive().eval().requires_grad_(False), torch.rand(1, 3, 32, 32)
+    network, images = create_positive_network(), torch.rand(1, 3, 32, 32)
     find_mode('onnxruntime_int8')
     model = onnx.load(runtimes.export_onnxruntime_int8(network, [images], tmp_path)[0])
     arrays = {'onnxruntime': [onnx.numpy_helper.to_array(i) for i in model.graph.initializer]}
@@ -197,14 +184,12 @@ def test_weights_have_seven_bits_where_eight_would_overflow_without_vnni(tmp_pat
 def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
         small, network, monkeypatch, tmp_path, change, message):
     def export(network, batches, folder):
-        files = folder / 'one', folder / 'two'
-        for path, content in zip(files, (b'12', b'345'), strict=True):
-            path.write_bytes(content)
-        (folder / 'another').write_bytes(b'6')
-        return files
+        for name in ('one', 'three', 'another'):
+            (folder / name).write_text(name)
+        return [folder / 'one', folder / 'three']
 
     def load(files, threads):
-        assert [path.read_bytes() for path in files] == [b'12', b'345'] and threads == 1
+        assert [path.read_text() for path in files] == ['one', 'three'] and threads == 1
         return torch.no_grad()(lambda images: change(network(images)))
 
     monkeypatch.setitem(runtimes.MODES, 'ncnn', runtimes.Runtime(export, load, ('torch',)))
@@ -216,7 +201,7 @@ def test_files_of_a_runtime_are_weighed_and_its_logits_checked(
         assert pd.isna(rows['median_ms']['ncnn']) and rows['median_ms']['eager'] > 0  # the others go on
         assert f'hbonet_010, ncnn, batch size 1: ValueError: {message}' in (tmp_path / 'benchmark.md').read_text()
     else:
-        assert status == 0 and rows['file_bytes']['ncnn'] == 5 and rows['median_ms']['ncnn'] > 0
+        assert status == 0 and rows['file_bytes']['ncnn'] == 8 and rows['median_ms']['ncnn'] > 0
 
 
 def test_growth_is_timed_by_batch_and_image_size(small, monkeypatch, tmp_path):
@@ -230,17 +215,15 @@ def test_growth_is_timed_by_batch_and_image_size(small, monkeypatch, tmp_path):
     assert growth['peak_memory_bytes'].iloc[0] > 4 * growth['peak_memory_bytes'].iloc[1] > 0
 
 
-@pytest.mark.parametrize('mode, package', [('openvino', 'openvino'), ('litert', 'ai_edge_litert'), ('mnn', 'MNN')])
-def test_a_runtime_that_is_not_installed_is_skipped_by_name(small, monkeypatch, tmp_path, mode, package):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else object())
-    status, _, stderr = run(tmp_path / 'output', *small, '--modes', mode)
+def test_a_runtime_that_is_not_installed_is_skipped_by_name(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'MNN' else object())
+    status, _, stderr = run(tmp_path / 'output', *small, '--modes', 'mnn')
     assert status == 1 and error_line(stderr) == 'benchmark.py: error: none of --modes is installed.'
     assert not (tmp_path / 'output').exists()
-    status, _, stderr = run(tmp_path / 'output', *small, '--modes', mode, 'eager')
-    message = f'{mode}: needs {package}. Run: pip install {package}'
-    assert status == 0 and message in stderr
+    status, _, stderr = run(tmp_path / 'output', *small, '--modes', 'mnn', 'eager')
+    message = 'mnn: needs MNN. Run: pip install MNN'
+    assert status == 0 and message in stderr and message in (tmp_path / 'output' / 'benchmark.md').read_text()
     assert set(read_rows(tmp_path / 'output')['mode']) == {'eager'}
-    assert message in (tmp_path / 'output' / 'benchmark.md').read_text()
 
 
 def test_an_interrupted_run_leaves_nothing(small, monkeypatch, tmp_path):
@@ -256,9 +239,7 @@ def test_an_interrupted_run_leaves_nothing(small, monkeypatch, tmp_path):
 @pytest.mark.parametrize('args, status, message', [
     (['--models', 'hbonet_42'], 1, '--models hbonet_42 cannot run on images of 224 x 224. RuntimeError: Unknown model'),
     (['--models', 'deit3_small_patch16_384'], 1, '--models deit3_small_patch16_384 cannot run on images of 224 x 224'),
-    (['--modes', 'warp'], 2, "argument --modes: invalid choice: 'warp'"),
     (['--batch-sizes', '1', '0'], 2, "argument --batch-sizes: must be a whole number of at least 1, got '0'"),
-    (['--rounds', '0'], 2, "argument --rounds: must be a whole number of at least 1, got '0'"),
     (['--reference', 'nowhere.py'], 1, '--reference nowhere.py is not the code of hbonet_010, '),
     (['--reference', __file__, '--models', 'lcnet_050'], 1, '--reference is compared with hbonet_100 and its other '),
 ])
@@ -278,8 +259,8 @@ def test_a_reference_that_is_another_network(tmp_path, code, message):
     path = tmp_path / 'other.py'
     path.write_text(code)
     status, _, stderr = run(tmp_path / 'output', *SMALL, '--reference', path)
-    error = error_line(stderr)
-    assert status == 1 and f'--reference {path} is not the code of hbonet_010, ' in error and message in error
+    assert status == 1 and f'--reference {path} is not the code of hbonet_010, ' in error_line(stderr)
+    assert message in stderr
     assert not (tmp_path / 'output').exists()
 
 
@@ -317,8 +298,7 @@ def test_the_report_of_given_numbers(tmp_path):
     for name in ('Processor X', 'AVX2', 'fma3', 'timm 1.0.31', 'openvino: needs openvino'):
         assert name in text
     for name in ('accuracy_latency.png', 'growth.png'):
-        with Image.open(tmp_path / name) as image:
-            assert image.format == 'PNG'
+        Image.open(tmp_path / name, formats=['PNG']).load()
 
 
 def test_the_pictures_show_the_figures():

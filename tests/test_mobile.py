@@ -84,31 +84,24 @@ def test_xnnpack(runtime, convert, name, size):
     assert (delegates, others) == (1, [])
 
 
-@pytest.mark.parametrize('runtime, convert', [('ExecuTorch', to_executorch), ('LiteRT', to_litert)])
-def test_xnnpack_without_reparameterization(runtime, convert):
-    need(*MODULES[runtime])
-    model, _, image, expected = create('hbonet_025_8x_d8', (97, 111))
-    assert_equal_to(convert(model, image)[0], expected, 1e-4)
-
-
-def test_executorch_in_channels_last():
-    need(*MODULES['ExecuTorch'])
-    _, graph, image, expected = create('hbonet_025_8x_d8', (97, 111))
-    assert_equal_to(to_executorch(graph, image.to(memory_format=torch.channels_last))[0], expected, 1e-4)
+def test_xnnpack_without_reparameterization_and_in_channels_last():
+    need(*MODULES['ExecuTorch'], *MODULES['LiteRT'])
+    model, graph, image, expected = create('hbonet_025_8x_d8', (97, 111))
+    for logits, *_ in (
+            to_executorch(model, image), to_litert(model, image),
+            to_executorch(graph, image.to(memory_format=torch.channels_last)),
+    ):
+        assert_equal_to(logits, expected, 1e-4)
 
 
 @pytest.mark.parametrize('name, size', CASES)
 def test_other_runtimes(name, size):
     """Of one architecture together, as three of them take the same ONNX file."""
     model, _, image, expected = create(name, size)
-    missing = []
-    for runtime in ('ncnn', 'mnn', 'openvino', 'onnxruntime'):
-        if runtimes.find_missing(runtimes.MODES[runtime]):
-            missing.append(runtime)
-        else:
-            assert_equal_to(runtimes.MODES[runtime].build(model, [image], 1)[0](image), expected, 1e-4)
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed. Run: pip install -e '.[mobile]'")
+    for mode in map(runtimes.MODES.get, ('onnxruntime', 'openvino', 'mnn', 'ncnn')):
+        need(*mode.packages)
+        predict, _ = mode.build(model, [image], 1)
+        assert_equal_to(predict(image), expected, 1e-4)
 
 
 @pytest.mark.parametrize('name, size', CASES)
