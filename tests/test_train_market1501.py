@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Sequence, Tuple
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
