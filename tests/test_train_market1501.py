@@ -201,6 +201,12 @@ def test_init_takes_all_weights_but_the_layer_of_other_identities(data, new, tra
     assert found == new
 
 
+def test_each_epoch_draws_other_numbers(small, tmp_path):
+    assert run(small, *BRIEF, '--epochs', 2, '--lr', 1e-9, '--output', tmp_path / 'run')[0] == 0
+    first, second = (float(r['loss']) for r in read_csv(tmp_path / 'run/summary.csv'))
+    assert abs(first - second) > 1e-3  # the weights stay, so the batches differ
+
+
 def test_a_ctrl_c_that_python_lost_ends_the_run_too(small, tmp_path, monkeypatch):
     monkeypatch.setattr(script_utils, 'interrupts', [signal.SIGINT])
     status, _, message = run(small, '--output', tmp_path / 'run', *BRIEF)
