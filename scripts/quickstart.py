@@ -132,7 +132,7 @@ def fit(
 
 
 def draw(dataset: Digits, logits: torch.Tensor) -> Figure:
-    """Draw the 30 digits with the highest loss: the mistakes first, the most confident of them before all."""
+    """Draw the 30 digits with the highest loss: mistakes, and what was least certain."""
     logits = logits.cpu()
     labels = torch.from_numpy(dataset.labels)
     confidences, preds = logits.softmax(-1).max(-1)

@@ -56,6 +56,9 @@ def create_data(args: argparse.Namespace, network: nn.Module) -> Tuple[DataLoade
     datasets = []
     for split in (args.train_split, args.val_split):
         try:
+            # timm would take all images of the folder
+            if not args.dataset and not Path(args.data_dir, split).is_dir():
+                raise ValueError(f'{Path(args.data_dir, split)} is no folder. Give --train-split and --val-split.')
             datasets.append(timm.data.create_dataset(
                 args.dataset, root=args.data_dir, split=split, transform=transform, class_map=args.class_map,
                 input_img_mode='L' if config['input_size'][0] == 1 else 'RGB'))
@@ -107,7 +110,10 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.config:
-        options = yaml.safe_load(args.config.read_text(encoding='utf-8'))
+        try:
+            options = dict(yaml.safe_load(args.config.read_text(encoding='utf-8')))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+            raise BadInput(f"--config {args.config} is no args.yaml of timm's train.py. {describe_error(e)}") from None
         options.pop('output', None)  # of training
         parser.set_defaults(**{k: v for k, v in options.items() if k in vars(args) and v is not None})
         args = parser.parse_args()

@@ -84,12 +84,15 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:  # each source of models and weights has errors of its own
-        reason = str(e).partition('\nDownload ')[0]  # what follows names arguments that a script does not have
-        known = ', '.join(timm.list_models('hbonet*')) or 'none, timm-hbonet is not installed'
-        raise BadInput(
-            f'--model {name} cannot be created. {type(e).__name__}: {reason} timm lists models by timm.list_models(), '
-            f'of this family: {known}. --pretrained needs the Hugging Face Hub or GitHub once; it can be left out, and '
-            f'a folder with weights needs neither, --model local-dir:FOLDER.') from None
+        reason, _, download = str(e).partition('\nDownload ')
+        if download:  # after the address it names arguments that a script does not have
+            advice = (
+                f'Download {download.partition(", and")[0]}, make a folder of it, scripts/publish_to_hub.py --dry-run '
+                f'DIR --only NAME.TAG --file FILE, and give --model local-dir:DIR/NAME.TAG.')
+        else:
+            known = ', '.join(timm.list_models('hbonet*')) or 'none, timm-hbonet is not installed'
+            advice = f'timm lists models by timm.list_models(), of this family: {known}.'
+        raise BadInput(f'--model {name} cannot be created. {type(e).__name__}: {reason} {advice}') from None
 
 
 def create_output_dir(args: argparse.Namespace) -> None:

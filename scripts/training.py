@@ -58,7 +58,8 @@ def start_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
     if path:
         checkpoint = load_checkpoint(path, parser.prog)
         options = dict(checkpoint['options'])
-        vars(args).update({'model': options['model']} if args.init else options)
+        made = {k: options[k] for k in MODEL_OPTIONS - {'classes'} & set(options)}  # by which other classes start too
+        vars(args).update(made if args.init else options)
         if args.resume:
             args.output = args.resume.resolve().parent
         parser.parse_args(namespace=args)  # what the command line says is stronger

@@ -112,7 +112,7 @@ def test_what_is_wrong_is_told_in_one_line(photo, release_site, tmp_path):
     (tmp_path / 'text.png').write_text('some text')
     (tmp_path / 'cut.jpg').write_bytes(photo.read_bytes()[:20000])
     for status, args, message in (
-            (1, [photo], '--model hbonet_100 cannot be created.*local-dir:FOLDER'),
+            (1, [photo], '--model hbonet_100 cannot be created.*local-dir:DIR'),
             (1, [photo, '--model', 'hbonet_42'], '--model hbonet_42 cannot be created.*hbonet_010'),
             (1, [photo, '--model', 'local-dir:nowhere'], '--model local-dir:nowhere cannot.*FileNotFoundError'),
             *((1, [photo, path], f'{path} cannot be read as an image') for path in (

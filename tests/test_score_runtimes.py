@@ -135,6 +135,8 @@ def test_a_runtime_that_fails_is_named_and_the_others_are_scored(monkeypatch):
 @pytest.mark.parametrize('args, checkpoint, message', [
     ([], 'none.pth', 'none.pth is no checkpoint of --model hbonet_010: FileNotFoundError'),
     (['--num-classes', '3'], 'last.pth.tar', 'is no checkpoint of --model hbonet_010: RuntimeError'),
+    (['--val-split', 'tset'], 'last.pth.tar', 'data/tset is no folder'),
+    (['--config', 'last.pth.tar'], 'last.pth.tar', "is no args.yaml of timm's train.py"),
     (['--data-dir', 'nowhere'], 'last.pth.tar', '--data-dir nowhere has no train images of --dataset (a folder)'),
     (['--calibration', '1'], 'last.pth.tar', 'argument --calibration: must be a whole number of at least 2'),
     (['--runtimes', 'TensorRT'], 'last.pth.tar', "invalid choice: 'TensorRT'"),

@@ -204,13 +204,14 @@ def test_exported_detector_finds_the_same_by_the_code_of_the_page(trained, many_
 @pytest.mark.parametrize('classes, layers', [([*COLORS, 'red'], 6), (sorted(COLORS), 0)])
 def test_init_takes_all_weights_but_the_layer_of_other_classes(classes, layers, trained, cells, tmp_path):
     first, last = trained['output'] / 'last.pth', tmp_path / 'out/last.pth'
-    options = [cells, '--init', first, '--output', last.parent, *BRIEF[2:], '--lr', 1e-9, '--classes', *classes]
+    options = [cells, '--init', first, '--output', last.parent, *BRIEF[4:], '--lr', 1e-9, '--classes', *classes]
     assert run(*options)[0] == 0
     before, after = (torch.load(path, weights_only=True)['state_dict'] for path in (first, last))
     new = [
         name for name, _ in create_detector(classes=len(classes)).named_parameters()
         if before[name].shape != after[name].shape or not torch.allclose(before[name], after[name], atol=1e-5)]
     assert len(new) == 2 * layers and all('classification_head' in name and '.1.' in name for name in new)
+    assert torch.load(last, weights_only=True)['options']['image_size'] == 64  # as it was made
     assert '--model hbonet_010, not hbonet_025' in fail(*options, '--model', 'hbonet_025')
 
 
@@ -590,7 +591,7 @@ def test_backbone_starts_from_pretrained_weights_and_says_what_to_do_without_any
     server.repositories.clear()
     server.pages.clear()
     message = fail(cells, '--output', tmp_path / 'out', *BRIEF, '--model', 'hbonet_025', '--pretrained')
-    assert 'Found no weights for hbonet_025' in message and '--pretrained needs' in message
+    assert 'Found no weights for hbonet_025' in message and '/hbonet_0_25.pth' in message and '--file FILE' in message
     assert 'pretrained_cfg_overlay' not in message and 'cache_dir' not in message
 
 
